@@ -1,0 +1,200 @@
+"""Where a plan belongs: the machine and the library versions that its timings and its correctness depend on.
+
+A plan found in one environment is never used in another. Parts that a program can change while it runs (threads, torch's
+CPU flags) are read live; the rest is read once.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import platform
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import msgspec
+
+PROBE_FAILED = "probe failed"  # never equal to an answer of a working probe
+
+
+class Environment(msgspec.Struct, frozen=True, forbid_unknown_fields=True, cache_hash=True):
+    """A device and what is installed for it, as labelled strings.
+
+    Args:
+        device: torch device type, `cpu` or `cuda`.
+        items: (label, value) pairs, such as ("threads", "2"); equal environments have equal items in equal order.
+    """
+
+    device: str
+    items: tuple[tuple[str, str], ...]
+
+    def key_items(self) -> tuple[tuple[str, object], ...]:
+        """The device and every item: all of them tell environments apart."""
+        return (("device", self.device), *self.items)
+
+    def differences(self, other: Environment) -> str:
+        """The items that differ, as `threads 2 -> 4, torch 2.12 -> 2.13`; this environment first."""
+        mine, theirs = dict(self.key_items()), dict(other.key_items())
+        labels = [*mine, *(label for label in theirs if label not in mine)]
+        changed = [f"{k} {mine.get(k, 'absent')} -> {theirs.get(k, 'absent')}" for k in labels if mine.get(k) != theirs.get(k)]
+        return ", ".join(changed)
+
+    def __str__(self) -> str:
+        return f"{self.device}: " + ", ".join(f"{label} {value}" for label, value in self.items)
+
+
+LiveState = tuple[int, bool, str, str]
+
+
+def live_state() -> LiveState:
+    """Torch's CPU settings that change which plan is best: threads, oneDNN on or off, float32 precision allowed.
+
+    Cheap enough for every call (well under 1 µs).
+    """
+    import torch
+
+    return (
+        torch.get_num_threads(),
+        onednn_enabled(),
+        torch.get_float32_matmul_precision(),
+        _onednn_conv_precision(),
+    )
+
+
+def _onednn_conv_precision() -> str:
+    import torch
+
+    getter = getattr(torch._C, "_get_fp32_precision_getter", None)
+    return "none" if getter is None else str(getter("mkldnn", "conv"))
+
+
+def current(device: str, index: int | None = None) -> Environment:
+    """The environment of a device of this process, as it is now.
+
+    Args:
+        device: torch device type.
+        index: which GPU, for `cuda`; None: the current one.
+    """
+    if device == "cpu":
+        return _cpu_environment(live_state())
+    import torch
+
+    if device == "cuda":
+        return _cuda_environment(torch.cuda.current_device() if index is None else index)
+    return Environment(device, (("torch", str(torch.__version__)),))
+
+
+@functools.lru_cache(maxsize=64)
+def _cpu_environment(state: LiveState) -> Environment:
+    import torch
+
+    threads, onednn, matmul_precision, conv_precision = state
+    return Environment(
+        "cpu",
+        (
+            ("cpu", cpu_model()),
+            ("capability", _guarded(torch.backends.cpu.get_cpu_capability)),
+            ("threads", str(threads)),
+            ("torch", str(torch.__version__)),
+            ("onednn", _onednn_version() if onednn else "off"),
+            ("matmul_precision", matmul_precision),
+            ("conv_precision", conv_precision),
+        ),
+    )
+
+
+@functools.lru_cache(maxsize=64)
+def _cuda_environment(index: int) -> Environment:
+    import torch
+
+    properties = torch.cuda.get_device_properties(index)
+    return Environment(
+        "cuda",
+        (
+            ("gpu", properties.name),
+            ("capability", f"{properties.major}.{properties.minor}"),
+            ("multiprocessors", str(properties.multi_processor_count)),
+            ("torch", str(torch.__version__)),
+            ("cuda", str(torch.version.cuda)),
+            ("cudnn", _guarded(lambda: str(torch.backends.cudnn.version()))),
+        ),
+    )
+
+
+def _guarded(probe: object) -> str:
+    try:
+        return str(probe())  # type: ignore[operator]
+    except Exception:
+        return PROBE_FAILED
+
+
+@functools.lru_cache(maxsize=1)
+def _onednn_version() -> str:
+    """The oneDNN version torch was built with, from its own build description."""
+    import re
+
+    import torch
+
+    found = re.search(r"MKL-DNN v([\d.]+)", torch.__config__.show())
+    return found.group(1) if found else PROBE_FAILED
+
+
+@functools.lru_cache(maxsize=1)
+def cpu_model() -> str:
+    """The processor's name with family, model and stepping, since cloud machines share one name among generations."""
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as file:
+            first = file.read(65_536).split("\n\n")[0]
+    except OSError:
+        return platform.processor() or platform.machine() or PROBE_FAILED
+    fields = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in first.splitlines())}
+    name = fields.get("model name") or fields.get("CPU part") or platform.machine() or PROBE_FAILED
+    numbers = [fields[label] for label in ("cpu family", "model", "stepping") if label in fields]
+    isa = os.environ.get("ONEDNN_MAX_CPU_ISA", "")
+    return name + (f" ({'/'.join(numbers)})" if numbers else "") + (f" limited to {isa}" if isa else "")
+
+
+class _NativePath:
+    """Turns oneDNN off for calls that ask for torch's native path, while other threads keep seeing the user's setting.
+
+    Torch's switch is one global flag, so plain save-and-restore in two threads can leave it off for good. Here the
+    first to enter saves it and the last to leave restores it.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._depth = 0
+        self._saved = True
+
+    @contextmanager
+    def active(self) -> Iterator[None]:
+        import torch
+
+        with self._lock:
+            if self._depth == 0:
+                self._saved = torch._C._get_mkldnn_enabled()
+                torch._C._set_mkldnn_enabled(False)
+            self._depth += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._depth -= 1
+                if self._depth == 0:
+                    torch._C._set_mkldnn_enabled(self._saved)
+
+    def user_setting(self) -> bool:
+        import torch
+
+        if self._depth:
+            return self._saved
+        return bool(torch._C._get_mkldnn_enabled())
+
+
+native_path = _NativePath()
+
+
+def onednn_enabled() -> bool:
+    """Whether the user lets torch use oneDNN, whatever a running native-path call has set for the moment."""
+    return native_path.user_setting()

@@ -1,0 +1,70 @@
+"""The key of a stored plan: schema number first, then every part of problem, policy and environment, each labelled.
+
+Parts are length-prefixed before hashing, so that no two different lists of parts run together into the same bytes. The
+number `KEY_SCHEMA` goes up when the meaning of a part changes; rows with an older one are then tuned again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+
+from convplan._environment import Environment
+from convplan._policy import Policy
+from convplan._problem import Problem
+
+KEY_SCHEMA = 1
+KEY_LENGTH = 32  # hexadecimal digits, 128 bits
+
+
+def problem_items(problem: Problem) -> tuple[tuple[str, object], ...]:
+    """Every part of a problem. Strides were normalized when the tensor specs were made (B2)."""
+    items: list[tuple[str, object]] = [("op", problem.op)]
+    for letter, spec in (("x", problem.x), ("w", problem.w), ("y", problem.y)):
+        items += [
+            (f"{letter}.dims", spec.dims),
+            (f"{letter}.strides", spec.strides),
+            (f"{letter}.dtype", spec.dtype),
+            (f"{letter}.alignment_bytes", spec.alignment_bytes),
+        ]
+    items += [
+        ("padding", problem.padding),
+        ("stride", problem.stride),
+        ("dilation", problem.dilation),
+        ("groups", problem.groups),
+        ("epilogue.bias", problem.epilogue.bias),
+        ("device", problem.device),
+    ]
+    return tuple(items)
+
+
+def plan_key(problem: Problem, policy: Policy, environment: Environment) -> str:
+    """The key of a plan for this problem under this resolved policy in this environment."""
+    return _digest((*_choice_items(problem, policy), *_labelled("environment", environment.key_items())))
+
+
+def choice_key(problem: Problem, policy: Policy) -> str:
+    """The same without the environment: finds the rows that other environments stored for the same question."""
+    return _digest(_choice_items(problem, policy))
+
+
+def _choice_items(problem: Problem, policy: Policy) -> tuple[tuple[str, object], ...]:
+    if policy.deterministic is None or policy.allow_tf32 is None:
+        raise AssertionError("convplan bug: a key needs a resolved policy (Policy.resolve)")
+    return (
+        ("schema", KEY_SCHEMA),
+        *_labelled("problem", problem_items(problem)),
+        *_labelled("policy", policy.key_items()),
+    )
+
+
+def _labelled(prefix: str, items: Iterable[tuple[str, object]]) -> Iterable[tuple[str, object]]:
+    return ((f"{prefix}.{label}", value) for label, value in items)
+
+
+def _digest(items: Iterable[tuple[str, object]]) -> str:
+    digest = hashlib.sha256()
+    for label, value in items:
+        part = f"{label}={value!r}".encode()
+        digest.update(len(part).to_bytes(8, "big") + part)
+    return digest.hexdigest()[:KEY_LENGTH]

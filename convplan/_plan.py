@@ -1,0 +1,209 @@
+"""The result of planning: `PlanRecord`, which is ranked, explained and stored, and `Plan`, which runs."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from convplan._environment import Environment
+from convplan._errors import ExecutionFailed, SpecError
+from convplan._key import plan_key
+from convplan._policy import Effort, Policy
+from convplan._problem import Problem, TensorSpec, normalize_strides
+from convplan.engines.base import Built, EngineConfig, Notes
+
+if TYPE_CHECKING:
+    import torch
+
+MAX_CANDIDATES = 10_000
+
+
+class Evidence(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """What planning found out about one candidate: a measurement, or the stage and reason of its rejection.
+
+    Args:
+        config: which candidate.
+        source: the list that proposed it.
+        notes: its numerical and behaviour notes.
+        workspace_bytes: scratch memory, None when it was dropped before that was known.
+        median_us, spread_us: middle and half the interquartile range of the timed runs, in microseconds; None when
+            it was not timed (effort `instant`, or rejected before).
+        samples_us: every timed run.
+        error: largest difference from the float64 reference over what the arithmetic allows; 1 is the limit.
+        verified: how the output was checked: `full`, `sample` (some outputs against the reference, all against the
+            other candidates), or `no`.
+        rejected: the stage that dropped it (`filter`, `build`, `verify`, `measure`), empty for a usable one.
+        reason: why.
+    """
+
+    config: EngineConfig
+    source: str = "heuristic"
+    notes: Notes = Notes()
+    workspace_bytes: int | None = None
+    median_us: float | None = None
+    spread_us: float | None = None
+    samples_us: tuple[float, ...] = ()
+    error: float | None = None
+    verified: str = "no"
+    rejected: str = ""
+    reason: str = ""
+
+
+class PlanRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """One planned problem with all the evidence: usable candidates best first, then the rejected ones.
+
+    Args:
+        problem, policy, environment: the question; the policy is resolved (no flag is None).
+        effort: the work that produced the answer.
+        ranking: candidates that may run, best first; `ranking[0]` is the choice, the next ones are its fallbacks.
+        rejected: every other candidate, with its reason.
+        planning_s: seconds that planning took.
+        created: UTC time in ISO 8601.
+        version: convplan's version.
+    """
+
+    problem: Problem
+    policy: Policy
+    environment: Environment
+    effort: Effort
+    ranking: tuple[Evidence, ...]
+    rejected: tuple[Evidence, ...] = ()
+    planning_s: float = 0.0
+    created: str = ""
+    version: str = ""
+
+    def __post_init__(self) -> None:
+        if not self.ranking or len(self.ranking) + len(self.rejected) > MAX_CANDIDATES:
+            raise SpecError(f"a plan record needs 1 to {MAX_CANDIDATES} candidates, found {len(self.ranking)} usable")
+        if self.policy.deterministic is None or self.policy.allow_tf32 is None:
+            raise SpecError("a plan record needs a resolved policy: deterministic and allow_tf32 must not be null")
+
+    @property
+    def key(self) -> str:
+        """The stored plan's key: 32 hexadecimal digits."""
+        return plan_key(self.problem, self.policy, self.environment)
+
+    @property
+    def config(self) -> EngineConfig:
+        """The chosen configuration."""
+        return self.ranking[0].config
+
+    @property
+    def median_us(self) -> float | None:
+        """The choice's time in microseconds, None when it was not timed."""
+        return self.ranking[0].median_us
+
+    def explain(self) -> str:
+        """The table of all candidates with times, workspace, notes and reasons; prints only what planning stored."""
+        from convplan.report import explain_record
+
+        return explain_record(self)
+
+    def build(self, rank: int = 0) -> Plan:
+        """Build the choice, or the candidate ranked `rank`, into something that runs.
+
+        Raises:
+            PlanRejected: the engine refuses the configuration now.
+            EngineUnavailable: its library is missing now.
+            PolicyError: no engine of that name is registered.
+            SpecError: there is no such rank.
+        """
+        if not 0 <= rank < len(self.ranking):
+            raise SpecError(f"rank is {rank}, expected 0 to {len(self.ranking) - 1} ({len(self.ranking)} usable plans)")
+        from convplan.engines import registry
+
+        evidence = self.ranking[rank]
+        engine = registry.get(evidence.config.engine)
+        built = engine.build(self.problem, evidence.config, self.policy)
+        return Plan(self.problem, evidence.config, built)
+
+    def __str__(self) -> str:
+        timed = "" if self.median_us is None else f" {self.median_us:.1f} us"
+        return f"{self.problem} -> {self.config}{timed} ({self.effort})"
+
+    def __repr__(self) -> str:
+        return f"<PlanRecord {self}>"
+
+
+class Plan:
+    """A convolution that is ready to run, as often as you like, from any thread. Holds no tensor.
+
+    Made by `PlanRecord.build()`.
+
+    Attributes:
+        problem: what it computes; fixes dims, strides and dtype of every tensor.
+        config: engine and knobs.
+        workspace_bytes: scratch memory it takes while it runs.
+    """
+
+    __slots__ = ("config", "problem", "unchecked_run", "workspace_bytes")
+
+    def __init__(self, problem: Problem, config: EngineConfig, built: Built) -> None:
+        self.problem = problem
+        self.config = config
+        self.workspace_bytes = built.workspace_bytes
+        self.unchecked_run = built.run
+
+    def run(
+        self,
+        first: torch.Tensor,
+        second: torch.Tensor,
+        bias: torch.Tensor | None = None,
+        *,
+        out: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Compute. No gradient is recorded; use `convplan.conv2d` and friends for that.
+
+        Args:
+            first, second: (x, w) for fprop, (y, w) for dgrad, (x, y) for wgrad, as the problem describes them.
+            bias: one number per output channel, required when the problem's epilogue has a bias.
+            out: a tensor of the output's dims and dtype to write into, with any strides. None: a new one.
+
+        Returns:
+            The output; `out` itself when given.
+
+        Raises:
+            SpecError: a tensor does not match the problem.
+            ExecutionFailed: the engine failed; it carries the reason.
+        """
+        import torch
+
+        first_spec, second_spec = self.problem.inputs
+        _check_tensor("first input", first, first_spec)
+        _check_tensor("second input", second, second_spec)
+        self._check_bias(bias)
+        if out is not None:
+            _check_tensor("out", out, self.problem.output, any_strides=True)
+        try:
+            with torch.no_grad():
+                return self.unchecked_run(first, second, bias, out)
+        except RuntimeError as exc:
+            raise ExecutionFailed(plan=f"{self.problem}", tried=[(str(self.config), str(exc))]) from exc
+
+    __call__ = run
+
+    def _check_bias(self, bias: torch.Tensor | None) -> None:
+        wanted = self.problem.epilogue.bias
+        if (bias is not None) != wanted:
+            raise SpecError(f"bias is {'missing' if wanted else 'given'}, the problem says Epilogue(bias={wanted})")
+        channels = self.problem.output.dims[1]
+        if bias is not None and (tuple(bias.shape) != (channels,) or _dtype_name(bias) != self.problem.dtype):
+            raise SpecError(
+                f"bias is {tuple(bias.shape)} {_dtype_name(bias)}, expected ({channels},) {self.problem.dtype}"
+            )
+
+    def __repr__(self) -> str:
+        return f"Plan({self.config}, {self.problem})"
+
+
+def _dtype_name(tensor: torch.Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
+
+
+def _check_tensor(what: str, tensor: torch.Tensor, spec: TensorSpec, *, any_strides: bool = False) -> None:
+    dims = tuple(tensor.shape)
+    if dims != spec.dims or _dtype_name(tensor) != spec.dtype:
+        raise SpecError(f"{what} is {dims} {_dtype_name(tensor)}, expected {spec.dims} {spec.dtype}")
+    if not any_strides and normalize_strides(dims, tensor.stride()) != spec.strides:
+        raise SpecError(f"{what} has strides {tensor.stride()}, expected {spec.strides}; plan a problem for its layout")

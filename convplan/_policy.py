@@ -1,0 +1,177 @@
+"""What is allowed: the rules a plan must keep, and how much work may go into finding it. Not how an engine obeys."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import msgspec
+
+from convplan._errors import PolicyError
+
+Effort = Literal["instant", "measure"]
+Mode = Literal["auto", "replay"]
+
+EFFORTS: tuple[Effort, ...] = ("instant", "measure")
+
+
+class Policy(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, cache_hash=True):
+    """The rules for choosing a plan. Immutable; make a changed copy with `policy.replace(...)`.
+
+    Args:
+        deterministic: drop engines whose result can change from run to run. Also, no plan is then exchanged for a
+            faster one while a program runs: a problem is tuned at its first sight (`tune_after=1`) or not at all, so
+            that a run never depends on a stopwatch. None: follow torch's own flags, read when a problem is met.
+        allow_tf32: let float32 problems use TensorFloat-32. None: follow torch's own flags.
+        workspace_limit_bytes: scratch memory one plan may need. None: what the allocator can provide at planning time;
+            0: only plans that need none.
+        effort: `measure` times candidates; `instant` takes the first that the engines' own order proposes.
+        mode: `auto`, or `replay`: never tune; a problem that the store lacks is handled as `replay_miss` says.
+        replay_miss: `error` raises `ReplayMiss`; `instant` runs an untuned plan.
+        engines: names of the engines that may be used, in order of preference. None: all that are registered for use.
+        allow_notes: names of numerical notes to let through that are dropped otherwise, e.g. DOWN_CONVERT_INPUTS.
+        tune_after: a problem is tuned when it is seen for this many times; until then it runs an instant plan.
+        budget_s: seconds that racing the candidates of one problem may take, after one run of each.
+        benchmark_limit: most candidates timed for one problem. 0: no limit.
+    """
+
+    deterministic: bool | None = None
+    allow_tf32: bool | None = None
+    workspace_limit_bytes: int | None = None
+    effort: Effort = "measure"
+    mode: Mode = "auto"
+    replay_miss: Literal["error", "instant"] = "error"
+    engines: tuple[str, ...] | None = None
+    allow_notes: tuple[str, ...] = ()
+    tune_after: int = 2
+    budget_s: float = 1.0
+    benchmark_limit: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("deterministic", "allow_tf32"):
+            if getattr(self, name) not in (None, True, False):
+                raise PolicyError(f"{name} is {getattr(self, name)!r}, expected True, False or None")
+        self._check_choice("effort", EFFORTS)
+        self._check_choice("mode", ("auto", "replay"))
+        self._check_choice("replay_miss", ("error", "instant"))
+        self._check_count("tune_after", 1)
+        self._check_count("benchmark_limit", 0)
+        if self.workspace_limit_bytes is not None:
+            self._check_count("workspace_limit_bytes", 0)
+        if isinstance(self.budget_s, bool) or not isinstance(self.budget_s, (int, float)) or not self._budget_is_sane():
+            raise PolicyError(f"budget_s is {self.budget_s!r}, expected a finite number of seconds > 0")
+        for name in ("engines", "allow_notes"):
+            self._normalize_names(name)
+        if self.engines == ():
+            raise PolicyError("engines is empty, expected None (all) or at least one engine's name")
+
+    def _budget_is_sane(self) -> bool:
+        return math.isfinite(self.budget_s) and self.budget_s > 0
+
+    def _check_choice(self, name: str, choices: tuple[str, ...]) -> None:
+        value = getattr(self, name)
+        if value not in choices:
+            raise PolicyError(f"{name} is {value!r}, expected one of {', '.join(choices)}")
+
+    def _check_count(self, name: str, low: int) -> None:
+        value = getattr(self, name)
+        if isinstance(value, bool) or not isinstance(value, int) or value < low:
+            raise PolicyError(f"{name} is {value!r}, expected an integer >= {low}")
+
+    def _normalize_names(self, name: str) -> None:
+        """Lists become tuples and names take the form the registry stores, so that equal policies are equal."""
+        value = getattr(self, name)
+        if value is None:
+            return
+        if isinstance(value, str) or not all(isinstance(item, str) and item.strip() for item in value):
+            raise PolicyError(f"{name} is {value!r}, expected a sequence of names")
+        fold = str.lower if name == "engines" else str.upper
+        names = tuple(fold(item.strip()) for item in value)
+        if len(set(names)) != len(names):
+            raise PolicyError(f"{name} is {value!r}, expected every name once")
+        msgspec.structs.force_setattr(self, name, names)
+
+    @classmethod
+    def from_torch(cls) -> Policy:
+        """The policy that torch's own flags describe now: determinism and TF32, in either spelling."""
+        return cls().resolve()
+
+    def resolve(self, flags: TorchFlags | None = None) -> Policy:
+        """A copy in which `deterministic` and `allow_tf32` are decided, from torch's flags where they were None."""
+        if self.deterministic is not None and self.allow_tf32 is not None:
+            return self
+        seen = flags or torch_flags()
+        return self.replace(
+            deterministic=seen.deterministic if self.deterministic is None else self.deterministic,
+            allow_tf32=seen.allow_tf32 if self.allow_tf32 is None else self.allow_tf32,
+        )
+
+    def replace(self, **changes: object) -> Policy:
+        """A copy with some fields changed, checked like a new one."""
+        return msgspec.structs.replace(self, **changes)
+
+    @property
+    def tunes_at_sight(self) -> int | None:
+        """The sighting at which a problem is tuned; None when it never is without being asked."""
+        if self.mode == "replay" or self.effort == "instant":
+            return None
+        if self.deterministic and self.tune_after > 1:
+            return None
+        return self.tune_after
+
+    def key_items(self) -> tuple[tuple[str, object], ...]:
+        """The parts that change which plan is chosen.
+
+        Left out: `effort` (kept beside the record and compared by the reader), and what says when and how long to
+        search (`mode`, `replay_miss`, `tune_after`, `budget_s`) and not what is allowed.
+        """
+        return (
+            ("deterministic", self.deterministic),
+            ("allow_tf32", self.allow_tf32),
+            ("workspace_limit_bytes", self.workspace_limit_bytes),
+            ("engines", self.engines),
+            ("allow_notes", tuple(sorted(self.allow_notes))),
+            ("benchmark_limit", self.benchmark_limit),
+        )
+
+    def __str__(self) -> str:
+        default = _DEFAULT
+        changed = [
+            f"{name}={getattr(self, name)!r}"
+            for name in self.__struct_fields__
+            if getattr(self, name) != getattr(default, name)
+        ]
+        return f"Policy({', '.join(changed)})"
+
+
+class TorchFlags(msgspec.Struct, frozen=True):
+    """Torch's own flags that a policy may follow."""
+
+    deterministic: bool
+    allow_tf32: bool
+
+
+def torch_flags() -> TorchFlags:
+    """Read torch's flags as they are now (they may be changed or scoped at any time)."""
+    import torch
+
+    return TorchFlags(
+        deterministic=torch.are_deterministic_algorithms_enabled() or torch.backends.cudnn.deterministic,
+        allow_tf32=_cudnn_allows_tf32(),
+    )
+
+
+def _cudnn_allows_tf32() -> bool:
+    """Whether cuDNN convolutions may use TF32, asked in the new spelling where torch has it.
+
+    The new spelling answers whichever was used to set the flag; reading the old one raises once both were mixed.
+    """
+    import torch
+
+    getter = getattr(torch._C, "_get_fp32_precision_getter", None)
+    if getter is not None:
+        return str(getter("cuda", "conv")) == "tf32"
+    return bool(torch.backends.cudnn.allow_tf32)
+
+
+_DEFAULT = Policy()

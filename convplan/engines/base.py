@@ -1,0 +1,235 @@
+"""What an engine is: one small protocol, the data it speaks in, and the registry. It knows no engine by name.
+
+An engine answers three questions about a `Problem`: can it run it (`supports`), in which configurations (`configs`), and
+how (`build`). It proposes and builds; which candidate is allowed, right and fastest is the planner's business.
+
+To add one: a class with the members of `Engine`, and either `convplan.register_engine(MyEngine())` or an entry point in
+the group `convplan.engines` that names the class. Nothing else changes.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
+
+import msgspec
+
+from convplan._errors import PolicyError, SpecError
+from convplan._policy import Effort, Policy
+from convplan._problem import Problem
+
+if TYPE_CHECKING:
+    import torch
+
+log = logging.getLogger("convplan.engines")
+
+ENTRY_POINT_GROUP = "convplan.engines"
+MAX_NAME = 64  # characters
+
+Run = Callable[["torch.Tensor", "torch.Tensor", "torch.Tensor | None", "torch.Tensor | None"], "torch.Tensor"]
+"""What a built candidate is: `run(first, second, bias, out)`, with the problem's two inputs in order.
+
+Returns a tensor with the dims and strides of `problem.output`: a new one, or `out` when that is given (any strides).
+"""
+
+
+class EngineConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, order=True, cache_hash=True):
+    """One way to run a problem: an engine's name and its knobs, named integers sorted by name.
+
+    This identity is what is stored, never a position in a list.
+    """
+
+    engine: str
+    knobs: tuple[tuple[str, int], ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.engine or len(self.engine) > MAX_NAME or self.engine != normalize_name(self.engine):
+            raise SpecError(f"engine is {self.engine!r}, expected a lower-case name of 1 to {MAX_NAME} characters")
+        if any(not name or len(name) > MAX_NAME for name, _ in self.knobs) or len(self.knobs) > 64:
+            raise SpecError(f"knobs are {self.knobs!r}, expected at most 64 names of 1 to {MAX_NAME} characters")
+        if len(dict(self.knobs)) != len(self.knobs):
+            raise SpecError(f"knobs are {self.knobs!r}, expected every name once")
+        # int(): engines count knobs with enumerations of their own, which have no place in a stored identity.
+        msgspec.structs.force_setattr(self, "knobs", tuple(sorted((name, int(value)) for name, value in self.knobs)))
+
+    @classmethod
+    def of(cls, engine: str, **knobs: int) -> EngineConfig:
+        """A configuration from keyword arguments: `EngineConfig.of("fft", block=4096)`."""
+        return cls(engine, tuple(sorted(knobs.items())))
+
+    def knob(self, name: str, default: int = 0) -> int:
+        """The value of one knob."""
+        return dict(self.knobs).get(name, default)
+
+    def __str__(self) -> str:
+        inside = ", ".join(f"{name}={value}" for name, value in self.knobs)
+        return f"{self.engine}[{inside}]" if inside else self.engine
+
+
+class Notes(msgspec.Struct, frozen=True, forbid_unknown_fields=True, cache_hash=True):
+    """What an engine says of a candidate's arithmetic and behaviour, as upper-case names.
+
+    numerical: NONDETERMINISTIC, DOWN_CONVERT_INPUTS, TENSOR_CORE, FFT, WINOGRAD, REDUCED_PRECISION_REDUCTION …
+    behavior: RUNTIME_COMPILATION …
+    """
+
+    numerical: tuple[str, ...] = ()
+    behavior: tuple[str, ...] = ()
+
+    @property
+    def deterministic(self) -> bool:
+        """The result is the same bits every time."""
+        return "NONDETERMINISTIC" not in self.numerical
+
+    @property
+    def direct(self) -> bool:
+        """Every output is a plain sum of products, so small integers come out exactly."""
+        return not {"FFT", "WINOGRAD"} & set(self.numerical)
+
+    def __str__(self) -> str:
+        return " ".join((*self.numerical, *self.behavior))
+
+
+class Support(msgspec.Struct, frozen=True):
+    """An engine's answer to a problem: yes, or no with the reason."""
+
+    ok: bool
+    reason: str = ""
+
+
+YES = Support(True)
+
+
+def no(reason: str) -> Support:
+    """A refusal."""
+    return Support(False, reason)
+
+
+class Candidate(msgspec.Struct, frozen=True):
+    """One configuration an engine proposes, with what is known before it is built.
+
+    Args:
+        config: identity.
+        notes: numerical and behaviour notes.
+        workspace_bytes: scratch memory it will need, None where only building tells.
+        flops: operations this method does, None where unknown. Lets candidates that cannot win be left unrun.
+        source: which list it comes from: `heuristic`, or `fallback` for last resorts.
+    """
+
+    config: EngineConfig
+    notes: Notes = Notes()
+    workspace_bytes: int | None = None
+    flops: float | None = None
+    source: str = "heuristic"
+
+
+class Built(msgspec.Struct, frozen=True):
+    """A candidate that can run: the function, and its workspace in bytes, known for certain now."""
+
+    run: Run
+    workspace_bytes: int
+
+
+@runtime_checkable
+class Engine(Protocol):
+    """Who can compute a convolution.
+
+    Attributes:
+        name: lower-case, unique in the registry.
+        by_default: False for engines that run only where a policy names them.
+
+    `supports` and `configs` look at the problem alone, allocate nothing and are cheap. `build` may load libraries and
+    compile; it raises `PlanRejected` for a configuration it refuses and `EngineUnavailable` when something is missing.
+    A built plan holds no tensor of the caller, never writes to its inputs, and may be called from several threads.
+    """
+
+    name: str
+    by_default: bool
+
+    def supports(self, problem: Problem) -> Support: ...
+
+    def configs(self, problem: Problem, effort: Effort) -> Sequence[Candidate]: ...
+
+    def build(self, problem: Problem, config: EngineConfig, policy: Policy) -> Built: ...
+
+
+def normalize_name(name: str) -> str:
+    """The one form in which engine names are checked and stored."""
+    return name.strip().lower()
+
+
+class Registry:
+    """Engines by name, in the order in which they were registered: that order breaks ties between equal times."""
+
+    def __init__(self, builtin: Callable[[], Iterable[Engine]]) -> None:
+        self._builtin = builtin
+        self._engines: dict[str, Engine] | None = None
+        self._lock = threading.RLock()
+        self.generation = 0  # goes up with every change, so that caches of choices can tell
+
+    def _loaded(self) -> dict[str, Engine]:
+        if self._engines is None:
+            with self._lock:
+                if self._engines is None:
+                    engines = {engine.name: engine for engine in self._builtin()}
+                    _load_entry_points(engines)
+                    self._engines = engines
+        return self._engines
+
+    def register(self, engine: Engine, *, replace: bool = False) -> None:
+        """Add an engine, see `convplan.register_engine`."""
+        if not isinstance(engine, Engine):
+            missing = [m for m in ("name", "by_default", "supports", "configs", "build") if not hasattr(engine, m)]
+            raise SpecError(f"engine is {engine!r}, expected an object with the Engine protocol; lacks {missing}")
+        name = normalize_name(engine.name)
+        if name != engine.name or not name:
+            raise SpecError(f"engine name is {engine.name!r}, expected lower case without spaces around it")
+        with self._lock:
+            engines = self._loaded()
+            if name in engines and not replace:
+                raise SpecError(f"engine {name!r} is already registered; pass replace=True to exchange it")
+            self._engines = {**engines, name: engine}
+            self.generation += 1
+
+    def unregister(self, name: str) -> None:
+        """Take an engine out again; unknown names are an error that lists the known."""
+        with self._lock:
+            self.get(name)
+            self._engines = {k: v for k, v in self._loaded().items() if k != normalize_name(name)}
+            self.generation += 1
+
+    def names(self) -> tuple[str, ...]:
+        """Every registered name, in order."""
+        return tuple(self._loaded())
+
+    def get(self, name: str) -> Engine:
+        """One engine; an unknown name raises `PolicyError` that lists the known ones."""
+        engines = self._loaded()
+        found = engines.get(normalize_name(name))
+        if found is None:
+            raise PolicyError(f"unknown engine {name!r}; registered engines: {', '.join(engines)}")
+        return found
+
+    def allowed(self, names: Sequence[str] | None) -> list[Engine]:
+        """The engines a policy lets run: those it names, in its order, or all that run by default."""
+        if names is None:
+            return [engine for engine in self._loaded().values() if engine.by_default]
+        return [self.get(name) for name in names]
+
+
+def _load_entry_points(engines: dict[str, Engine]) -> None:
+    """Add third-party engines; one that cannot be loaded is named in a warning and left out."""
+    from importlib.metadata import entry_points
+
+    for point in entry_points(group=ENTRY_POINT_GROUP):
+        try:
+            engine = point.load()()
+            if not isinstance(engine, Engine) or engine.name != normalize_name(engine.name):
+                raise SpecError(f"{engine!r} does not follow the Engine protocol")
+            if engine.name in engines:
+                raise SpecError(f"the name {engine.name!r} is taken")
+            engines[engine.name] = engine
+        except Exception as exc:  # whatever a stranger's import raises must not take convolutions down
+            log.warning("engine %r from %s cannot be used: %s", point.name, point.value, exc)
