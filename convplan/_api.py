@@ -1,0 +1,212 @@
+"""The public functions that plan: from tensors to a `Problem`, from problems to `PlanRecord`s, one or many at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, overload
+
+from convplan import _runtime
+from convplan._errors import SpecError
+from convplan._plan import PlanRecord
+from convplan._policy import Policy
+from convplan._problem import OPS, Op, Problem, padding_pairs, per_dim
+
+if TYPE_CHECKING:
+    import torch
+
+Progress = Callable[[int, int, "PlanRecord | None"], object]
+
+
+def problem(
+    op: Op,
+    x: torch.Tensor,
+    w: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    stride: int | Sequence[int] = 1,
+    padding: int | Sequence[int | Sequence[int]] = 0,
+    dilation: int | Sequence[int] = 1,
+    groups: int = 1,
+    *,
+    transposed: bool = False,
+    output_padding: int | Sequence[int] = 0,
+) -> Problem:
+    """Describe a convolution of these tensors, or one of its gradients.
+
+    Args:
+        op: what to compute: `fprop` the convolution itself, `dgrad` the gradient of `x`, `wgrad` the gradient of `w`.
+        x: input (N, C, spatial…) of the convolution.
+        w: weight (K, C/groups, filter…); of a transposed one (C, K/groups, filter…).
+        bias: (K,) or None; makes a difference to `fprop` only.
+        stride, padding, dilation, groups: as in `convplan.conv2d`, padding entries may be (before, after) pairs.
+        transposed, output_padding: describe a transposed convolution, which is planned as a dgrad with roles exchanged.
+
+    Returns:
+        The problem. A gradient's incoming tensor is taken to lie in memory as the convolution's output does.
+
+    Raises:
+        SpecError: arguments that do not fit together.
+    """
+    from convplan.torch_ops.adapter import ConvArgs, forward_problem
+
+    if op not in OPS:
+        raise SpecError(f"op is {op!r}, expected one of {', '.join(OPS)}")
+    spatial = x.dim() - 2
+    if not 1 <= spatial <= 3:
+        raise SpecError(f"input has {x.dim()} dimensions, expected 3, 4 or 5 (N, C, spatial): {tuple(x.shape)}")
+    args = ConvArgs(
+        per_dim("stride", stride, spatial),
+        padding_pairs(padding, spatial),
+        per_dim("dilation", dilation, spatial),
+        transposed,
+        per_dim("output_padding", output_padding, spatial),
+        groups,
+    )
+    forward = forward_problem(x, w, bias, args)
+    if op == "fprop":
+        return forward
+    return forward.gradients()[0 if op == "dgrad" else 1]
+
+
+def plan(problem: Problem, policy: Policy | None = None) -> PlanRecord:
+    """The plan for a problem: the remembered one, the stored one, or a new one, which is then stored.
+
+    Args:
+        problem: what to compute.
+        policy: the rules; None: those of `enable()`, else the defaults. Its effort is used at once, whatever
+            `tune_after` says.
+
+    Returns:
+        The record with the chosen configuration, all evidence, `explain()` and `build()`.
+
+    Raises:
+        NoPlan: nothing survived; lists every candidate with its reason.
+        ReplayMiss: replay mode, and the store has no such plan.
+        PolicyError: the policy names an unknown engine. SpecError: the problem is empty.
+    """
+    record, _ = _runtime.adopt(_checked(problem), _policy(policy))
+    return record
+
+
+def _policy(policy: Policy | None) -> Policy:
+    return _runtime.check_policy(_runtime.state.policy if policy is None else policy)
+
+
+def _checked(problem: Problem) -> Problem:
+    if not isinstance(problem, Problem):
+        raise SpecError(f"problem is {problem!r}, expected a convplan.Problem; convplan.problem(...) makes one")
+    if problem.is_empty:
+        raise SpecError(f"the problem has no elements, expected something to compute: {problem}")
+    return problem
+
+
+class Capture(Sequence[Problem]):
+    """The problems that a block of code ran, each once, in the order in which they were first met."""
+
+    def __init__(self) -> None:
+        self._ran: dict[Problem, None] = {}
+        self._gradients: dict[Problem, None] = {}
+
+    def _observe(self, problem: Problem, gradients: tuple[bool, bool]) -> None:
+        self._ran.setdefault(problem)
+        if any(gradients):
+            for wanted, gradient in zip(gradients, problem.gradients(), strict=True):
+                if wanted:
+                    self._gradients.setdefault(gradient)
+
+    @property
+    def gradients(self) -> list[Problem]:
+        """Gradients that autograd would ask for if the captured forwards were differentiated; not those that ran."""
+        return [problem for problem in self._gradients if problem not in self._ran]
+
+    @overload
+    def __getitem__(self, index: int) -> Problem: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Problem]: ...
+    def __getitem__(self, index: int | slice) -> Problem | list[Problem]:
+        return list(self._ran)[index]
+
+    def __len__(self) -> int:
+        return len(self._ran)
+
+    def __repr__(self) -> str:
+        return f"<Capture of {len(self)} problems>"
+
+
+@contextmanager
+def capture() -> Iterator[Capture]:
+    """Record the problems of all convolutions in a block, whether or not convplan is enabled there.
+
+    Covers the functions of `torch.nn.functional`, modules, gradients that run in the block, and convplan's own functions,
+    in all threads. The convolutions run as they would without it.
+    """
+    from convplan.torch_ops import override
+
+    seen = Capture()
+    with override.capturing(seen._observe):
+        yield seen
+
+
+def tune(
+    problems: Iterable[Problem] | Problem | Callable[..., object],
+    *args: object,
+    policy: Policy | None = None,
+    force: bool = False,
+    progress: Progress | None = None,
+) -> list[PlanRecord]:
+    """Plan many problems now, measured, whatever `tune_after` and `effort` say, and store the plans.
+
+    Args:
+        problems: problems, or a callable, which is called once under `capture()`. Its gradients count too: those that it
+            computes itself, else those that its result could be differentiated by.
+        args: passed to the callable.
+        policy: the rules; None: those of `enable()`, else the defaults.
+        force: measure again what is stored already.
+        progress: called as `progress(done, total, record)` before the first and after each; record is None at first.
+
+    Returns:
+        One record for each different problem, in order. Those that are stored already are not measured again.
+
+    Raises:
+        NoPlan: nothing runs one of them; those planned before it stay stored.
+        SpecError: an entry is no problem, or the callable ran no convolution.
+    """
+    found = _collect(problems, args)
+    wanted = _policy(policy).replace(effort="measure")
+    records = []
+    if progress is not None:
+        progress(0, len(found), None)
+    for done, one in enumerate(found, start=1):
+        record, _ = _runtime.adopt(_checked(one), wanted, force=force)
+        records.append(record)
+        if progress is not None:
+            progress(done, len(found), record)
+    return records
+
+
+def _collect(problems: Iterable[Problem] | Problem | Callable[..., object], args: tuple[object, ...]) -> list[Problem]:
+    if isinstance(problems, Problem):
+        return [problems]
+    if not callable(problems):
+        return list(dict.fromkeys(_checked(one) for one in problems))
+    with capture() as seen:
+        problems(*args)
+    if not len(seen):
+        raise SpecError(f"{problems!r} ran no convolution that convplan plans, expected at least one")
+    # A weight's gradient among the problems can only come from a backward that the callable ran itself.
+    differentiated = any(one.op == "wgrad" for one in seen)
+    return list(seen) if differentiated else [*seen, *seen.gradients]
+
+
+def stats(reset: bool = False) -> dict[str, int]:
+    """What happened in this process so far.
+
+    Args:
+        reset: set every counter to zero after reading.
+
+    Returns:
+        hits: calls that found their plan ready; misses: calls that did not. planned: problems planned anew, of which
+        tuned: by measuring. from_store: problems whose plan the store held. fell_back: times that a next-ranked plan or
+        stock torch stepped in. failed: plannings that found nothing, and plans that failed while running.
+    """
+    return _runtime.counts.read(reset)

@@ -1,0 +1,428 @@
+"""The one pipeline: enumerate, filter, build, verify, measure, rank. Plain functions, one for each stage.
+
+Each candidate ends as a measurement or as a rejection with its stage and reason, and both stay in the record. No stage
+calls back into an earlier one. Planning works on tensors of its own and frees them; the caller's are never touched.
+Remembering is the caller's last step: the store is handed in by `_runtime`, and nothing here knows how it works.
+"""
+
+from __future__ import annotations
+
+import datetime
+import functools
+import logging
+import time
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from convplan import __version__
+from convplan._environment import Environment
+from convplan._errors import ConvPlanError, NoPlan, PlanRejected, WrongResult
+from convplan._measure import CUTOFF, Clock, Contestant, Measurement, first_line, race
+from convplan._plan import Evidence, Plan, PlanRecord
+from convplan._policy import Effort, Policy
+from convplan._problem import DTYPES, Problem
+from convplan.engines import registry
+from convplan.engines.base import Built, Candidate, Engine
+
+if TYPE_CHECKING:
+    import torch
+
+    from convplan._verify import Verifier
+
+log = logging.getLogger("convplan.planner")
+
+ALWAYS_DROPPED_NOTES = ("DOWN_CONVERT_INPUTS",)  # B9: unless the policy lets them through by name
+FEWER_OPERATIONS = 20  # a method with that many times fewer operations goes first when nothing is timed
+FIRST_RUN_CUTOFF = 4 * CUTOFF  # the first call may hold one-time work; beyond this it is hopeless all the same
+FIRST_RUN_GRACE_US = 20_000.0  # and below this, one-time work can be all of it
+SAFETY_BYTES = 64 * 2**20  # memory left alone when the limit is what the machine can provide
+
+
+class _Live(msgspec.Struct):
+    """A candidate on its way through the stages."""
+
+    candidate: Candidate
+    engine: Engine
+    built: Built | None = None
+    first_us: float = 0.0
+    error: float | None = None
+    verified: str = "no"
+
+    def evidence(self, rejected: str = "", reason: str = "", measured: Measurement | None = None) -> Evidence:
+        workspace = self.candidate.workspace_bytes if self.built is None else self.built.workspace_bytes
+        return Evidence(
+            config=self.candidate.config,
+            source=self.candidate.source,
+            notes=self.candidate.notes,
+            workspace_bytes=workspace,
+            median_us=None if measured is None else round(measured.median_us, 3),
+            spread_us=None if measured is None else round(measured.spread_us, 3),
+            samples_us=() if measured is None else measured.samples_us,
+            error=self.error,
+            verified=self.verified,
+            rejected=rejected,
+            reason=reason,
+        )
+
+
+Stage = tuple[list[_Live], list[Evidence]]
+"""What a stage leaves: the candidates still in, and the rejections it made."""
+
+
+def plan_problem(
+    problem: Problem,
+    policy: Policy,
+    environment: Environment,
+    *,
+    effort: Effort | None = None,
+    clock: Clock = time.perf_counter_ns,
+) -> PlanRecord:
+    """Find the ranking of plans for a problem.
+
+    Args:
+        problem: what to compute; must not be empty.
+        policy: the rules, resolved.
+        environment: where the plan will belong.
+        effort: None: the policy's.
+        clock: nanoseconds, for timing candidates and planning itself.
+
+    Returns:
+        A record with at least one usable candidate.
+
+    Raises:
+        NoPlan: nothing survived; lists every candidate with its reason.
+        PolicyError: the policy names an engine that is not registered.
+    """
+    begin = clock()
+    work: Effort = effort or policy.effort
+    live, rejected = enumerate_candidates(problem, policy, work)
+    for stage in (filter_candidates, build_candidates) if work == "measure" else (filter_candidates,):
+        live, dropped = stage(live, problem, policy)
+        rejected += dropped
+    if work == "measure":
+        ranking, dropped = _prove_and_time(live, problem, policy, clock)
+    else:
+        ranking, dropped = _first_that_builds(live, problem, policy)
+    rejected += dropped
+    if not ranking:
+        raise no_plan(problem, policy, rejected)
+    record = PlanRecord(
+        problem=problem,
+        policy=policy,
+        environment=environment,
+        effort=work,
+        ranking=tuple(ranking),
+        rejected=tuple(rejected),
+        planning_s=round((clock() - begin) / 1e9, 6),
+        created=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        version=__version__,
+    )
+    log.info("planned %s in %.3f s (%d usable, %d rejected)", record, record.planning_s, len(ranking), len(rejected))
+    return record
+
+
+def no_plan(problem: Problem, policy: Policy, rejected: Sequence[Evidence]) -> NoPlan:
+    """The error for a problem that nothing runs, with every candidate's reason (B19)."""
+    reasons = [(str(e.config), f"{e.rejected}: {e.reason}") for e in rejected]
+    return NoPlan(problem=str(problem), policy=str(policy), rejections=reasons)
+
+
+def enumerate_candidates(problem: Problem, policy: Policy, effort: Effort) -> Stage:
+    """Everything the allowed engines propose, in engine order; an engine that refuses leaves one rejection."""
+    live: list[_Live] = []
+    rejected: list[Evidence] = []
+    for engine in registry.allowed(policy.engines):
+        support = engine.supports(problem)
+        proposals: Sequence[Candidate] = engine.configs(problem, effort) if support.ok else ()
+        if not proposals:
+            reason = support.reason or "it proposes no configuration"
+            rejected.append(_engine_rejection(engine, "enumerate", reason))
+        live += [_Live(candidate, engine) for candidate in proposals]
+    if effort == "instant":
+        live.sort(key=functools.partial(_instant_order, problem))
+    return live, rejected
+
+
+def _instant_order(problem: Problem, item: _Live) -> tuple[bool, bool]:
+    """Engine order, except that a method with far fewer operations goes first and last resorts go last."""
+    flops = item.candidate.flops
+    needs_few = flops is not None and flops * FEWER_OPERATIONS < problem.flops
+    return item.candidate.source == "fallback", not needs_few
+
+
+def _engine_rejection(engine: Engine, stage: str, reason: str) -> Evidence:
+    from convplan.engines.base import EngineConfig
+
+    return Evidence(config=EngineConfig(engine.name), rejected=stage, reason=reason)
+
+
+def filter_candidates(live: Sequence[_Live], problem: Problem, policy: Policy) -> Stage:
+    """Drop what the policy forbids, by notes and by workspace where that is known before building (B8-B10, B12)."""
+    limit = workspace_limit_bytes(problem, policy)
+    return _split(live, "filter", lambda item: _forbidden(item.candidate, problem, policy, limit))
+
+
+def _forbidden(candidate: Candidate, problem: Problem, policy: Policy, limit_bytes: int) -> str:
+    notes = set(candidate.notes.numerical)
+    if policy.deterministic and not candidate.notes.deterministic:
+        return "carries NONDETERMINISTIC and the policy asks for deterministic"
+    for note in ALWAYS_DROPPED_NOTES:
+        if note in notes and note not in policy.allow_notes:
+            return f"carries {note}; allow_notes=({note!r},) lets it through"
+    if problem.dtype == "float32" and not policy.allow_tf32 and "TENSOR_CORE" in notes:
+        return "carries TENSOR_CORE and the policy does not allow TF32"
+    return _over_limit(candidate.workspace_bytes, limit_bytes)
+
+
+def _over_limit(workspace_bytes: int | None, limit_bytes: int) -> str:
+    if workspace_bytes is None or workspace_bytes <= limit_bytes:
+        return ""
+    return f"workspace {workspace_bytes} bytes is over the limit of {limit_bytes} bytes"
+
+
+def workspace_limit_bytes(problem: Problem, policy: Policy) -> int:
+    """The policy's limit, or what the device's allocator can provide now without evicting live memory (B12)."""
+    if policy.workspace_limit_bytes is not None:
+        return policy.workspace_limit_bytes
+    if problem.device == "cuda":
+        import torch
+
+        free, _ = torch.cuda.mem_get_info()
+        cached = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+        return max(free + cached - SAFETY_BYTES, 0)
+    import psutil
+
+    return max(int(psutil.virtual_memory().available) - problem.least_bytes - SAFETY_BYTES, 0)
+
+
+def build_candidates(live: Sequence[_Live], problem: Problem, policy: Policy) -> Stage:
+    """Build each; drop what does not build, and what turns out to need more workspace than allowed."""
+    limit = workspace_limit_bytes(problem, policy)
+    return _split(live, "build", lambda item: _build(item, problem, policy, limit))
+
+
+def _build(item: _Live, problem: Problem, policy: Policy, limit_bytes: int) -> str:
+    try:
+        item.built = item.engine.build(problem, item.candidate.config, policy)
+    except Exception as exc:  # an engine's failure costs its candidate, never the planning
+        return _reason(exc)
+    return _over_limit(item.built.workspace_bytes, limit_bytes)
+
+
+def _first_that_builds(live: Sequence[_Live], problem: Problem, policy: Policy) -> tuple[list[Evidence], list[Evidence]]:
+    """Effort `instant`: the first in order that builds is the choice, the rest stand behind it unbuilt (B14)."""
+    limit = workspace_limit_bytes(problem, policy)
+    rejected: list[Evidence] = []
+    for place, item in enumerate(live):
+        reason = _build(item, problem, policy, limit)
+        if not reason:
+            return [later.evidence() for later in live[place:]], rejected
+        rejected.append(item.evidence("build", reason))
+    return [], rejected
+
+
+def _prove_and_time(
+    live: Sequence[_Live], problem: Problem, policy: Policy, clock: Clock
+) -> tuple[list[Evidence], list[Evidence]]:
+    """Stages verify, measure and rank, which share one set of tensors."""
+    import torch
+
+    if not live:
+        return [], []
+    device = torch.device(problem.device)
+    with torch.no_grad():
+        verifier = _verifier(problem, device)
+        synchronize = functools.partial(torch.cuda.synchronize, device) if device.type == "cuda" else None
+        right, rejected = verify_candidates(live, problem, verifier, clock, synchronize)
+        measured, slower = measure_candidates(right, policy, verifier, clock, synchronize)
+    ranking = rank(measured, live)
+    return ranking, rejected + slower
+
+
+def _verifier(problem: Problem, device: torch.device) -> Verifier:
+    from convplan._verify import Verifier
+
+    return Verifier(problem, device)
+
+
+def verify_candidates(
+    live: Sequence[_Live],
+    problem: Problem,
+    verifier: Verifier,
+    clock: Clock,
+    synchronize: Callable[[], object] | None,
+) -> Stage:
+    """Run each once on random numbers and once on small integers, and compare with the reference (C3).
+
+    Those so slow that their time can never count are dropped unverified: after their first run, or before it where
+    even the machine's peak rate could not make them competitive.
+    """
+    best_us = float("inf")
+    kept: list[_Live] = []
+    rejected: list[Evidence] = []
+    for item in sorted(live, key=functools.partial(_instant_order, problem)):
+        bound_us = _least_us(item.candidate, problem)
+        if bound_us > CUTOFF * best_us:
+            reason = f"cut off unrun: {bound_us:.0f} us at the machine's peak rate, best so far {best_us:.0f} us"
+            rejected.append(item.evidence("measure", reason))
+            continue
+        stage, reason = _verify(item, verifier, best_us, clock, synchronize)
+        if reason:
+            rejected.append(item.evidence(stage, reason))
+        else:
+            best_us = min(best_us, item.first_us)
+            kept.append(item)
+    survivors = [item for item in kept if item.candidate.config not in verifier.condemned]
+    for item in kept:
+        if item not in survivors:
+            rejected.append(item.evidence("verify", verifier.condemned[item.candidate.config]))
+    order = {id(item): place for place, item in enumerate(live)}
+    return sorted(survivors, key=lambda item: order[id(item)]), rejected
+
+
+def _verify(
+    item: _Live, verifier: Verifier, best_us: float, clock: Clock, synchronize: Callable[[], object] | None
+) -> tuple[str, str]:
+    """The stage and reason to drop one candidate, empty when it passed; fills in its first time and its error."""
+    assert item.built is not None
+    run, config, notes = item.built.run, item.candidate.config, item.candidate.notes
+    try:
+        begin = clock()
+        out = run(*verifier.random, None)
+        if synchronize is not None:
+            synchronize()
+        item.first_us = (clock() - begin) / 1e3
+        if item.first_us > max(FIRST_RUN_CUTOFF * best_us, FIRST_RUN_GRACE_US):
+            return "measure", f"cut off: first run {item.first_us:.0f} us, best so far {best_us:.0f} us"
+        item.error = round(verifier.check(config, notes, out), 6)
+        item.verified = verifier.scope
+        if notes.direct:
+            begin = clock()
+            verifier.check_exactly(config, run)
+            item.first_us = min(item.first_us, (clock() - begin) / 1e3)
+    except Exception as exc:  # an engine's failure costs its candidate, never the planning
+        return "verify" if isinstance(exc, WrongResult) else "run", _reason(exc)
+    return "", ""
+
+
+@functools.lru_cache(maxsize=32)
+def _peak_flops_per_us(dtype: str, device: str, threads: int) -> float:
+    """A rate no direct method reaches, in operations per microsecond.
+
+    For the CPU: twice the rate of a matrix product of a size that runs near the peak, and for 16-bit types, whose matrix
+    units a product of that size may not reach, sixteen times that of float32. Infinite on other devices.
+    """
+    if device != "cpu":
+        return float("inf")
+    import torch
+
+    half = DTYPES[dtype].itemsize_bytes == 2
+    matrix = torch.ones(1024, 1024, dtype=torch.float64 if dtype == "float64" else torch.float32)
+    times = []
+    for _ in range(3):
+        begin = time.perf_counter()
+        matrix @ matrix
+        times.append(time.perf_counter() - begin)
+    return (16 if half else 2) * 2 * 1024**3 / (min(times) * 1e6)
+
+
+def _least_us(candidate: Candidate, problem: Problem) -> float:
+    """Microseconds below which this candidate cannot come; 0 where its operations are unknown or may be skipped."""
+    if candidate.flops is None or not candidate.notes.direct or candidate.flops < 1e9:
+        return 0.0
+    import torch
+
+    return candidate.flops / _peak_flops_per_us(problem.dtype, problem.device, torch.get_num_threads())
+
+
+def measure_candidates(
+    live: Sequence[_Live],
+    policy: Policy,
+    verifier: Verifier,
+    clock: Clock,
+    synchronize: Callable[[], object] | None,
+) -> tuple[list[tuple[_Live, Measurement]], list[Evidence]]:
+    """Race the verified candidates; at most `benchmark_limit` of them, in engine order (B15)."""
+    limit = policy.benchmark_limit or len(live)
+    rejected = [item.evidence("measure", f"beyond benchmark_limit={limit}") for item in live[limit:]]
+    timed = {item.candidate.config: item for item in live[:limit]}
+    inputs = verifier.random
+    contestants = [
+        Contestant(config, functools.partial(_built(item).run, *inputs, None), item.first_us)
+        for config, item in timed.items()
+    ]
+    measurements, slower = race(contestants, budget_s=policy.budget_s, clock=clock, synchronize=synchronize)
+    rejected += [timed[one.config].evidence("measure", one.reason) for one in slower]
+    return [(timed[m.config], m) for m in measurements], rejected
+
+
+def _built(item: _Live) -> Built:
+    assert item.built is not None
+    return item.built
+
+
+def rank(measured: Sequence[tuple[_Live, Measurement]], live: Sequence[_Live]) -> list[Evidence]:
+    """Fastest first, except that those who tie with the fastest are ordered by what does not change from run to run:
+    deterministic first, then less workspace, then the engines' order (C5)."""
+    if not measured:
+        return []
+    order = {item.candidate.config: place for place, item in enumerate(live)}
+    leader_us = min(m.median_us for _, m in measured)
+
+    def tie_order(pair: tuple[_Live, Measurement]) -> tuple[bool, int, int]:
+        item, _ = pair
+        return not item.candidate.notes.deterministic, _built(item).workspace_bytes, order[item.candidate.config]
+
+    ties = sorted((pair for pair in measured if pair[1].ties_with_leader(leader_us)), key=tie_order)
+    rest = sorted((pair for pair in measured if not pair[1].ties_with_leader(leader_us)), key=lambda p: p[1].median_us)
+    return [item.evidence(measured=m) for item, m in (*ties, *rest)]
+
+
+def verify_plan(plan: Plan, notes: object = None) -> tuple[float, str]:
+    """Run a built plan on made-up tensors and compare it with the reference.
+
+    Args:
+        plan: any built plan.
+        notes: its `Notes` as the record holds them; None: a direct method.
+
+    Returns:
+        Error over tolerance (at most 1), and how much was compared: `full` or `sample`.
+
+    Raises:
+        WrongResult: it is wrong.
+    """
+    import torch
+
+    from convplan._verify import Verifier
+    from convplan.engines.base import Notes
+
+    found = notes if isinstance(notes, Notes) else Notes()
+    with torch.no_grad():
+        verifier = Verifier(plan.problem, torch.device(plan.problem.device))
+        error = verifier.check(plan.config, found, plan.unchecked_run(*verifier.random, None))
+        if found.direct:
+            verifier.check_exactly(plan.config, plan.unchecked_run)
+    return error, verifier.scope
+
+
+def _split(live: Sequence[_Live], stage: str, reason_of: Callable[[_Live], str]) -> Stage:
+    kept: list[_Live] = []
+    rejected: list[Evidence] = []
+    for item in live:
+        reason = reason_of(item)
+        if reason:
+            log.debug("%s drops %s: %s", stage, item.candidate.config, reason)
+            rejected.append(item.evidence(stage, reason))
+        else:
+            kept.append(item)
+    return kept, rejected
+
+
+def _reason(exc: Exception) -> str:
+    if isinstance(exc, PlanRejected):
+        return exc.reason
+    if isinstance(exc, ConvPlanError):
+        return str(exc)
+    return f"{type(exc).__name__}: {first_line(exc)}"

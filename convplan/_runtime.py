@@ -1,0 +1,447 @@
+"""What happens to a convolution after planning: remembered choices, plans ready to run, and what to do when one fails.
+
+Two levels of memory, both least-recently-used and of the same limit:
+
+    choice   problem + policy + environment -> ranked record. One for the process, shared by all threads (B22).
+    caller   the arguments of a call as they came -> something that runs. One per thread; a hit does nothing but this
+             look-up and the call.
+
+A choice starts as the stored record, or as an untuned plan that counts how often it is used and is exchanged for a tuned
+one at the sighting the policy names. When a plan fails while it runs, the next-ranked takes over (B23).
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import warnings
+import weakref
+from collections import OrderedDict
+from collections.abc import Callable, Hashable
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
+
+import msgspec
+
+from convplan import _environment
+from convplan._errors import ConvPlanError, ConvPlanWarning, ExecutionFailed, NoPlan, ReplayMiss
+from convplan._measure import first_line
+from convplan._plan import Evidence, Plan, PlanRecord
+from convplan._planner import plan_problem
+from convplan._policy import EFFORTS, Effort, Policy
+from convplan._problem import Problem
+from convplan.engines import registry
+
+if TYPE_CHECKING:
+    import torch
+
+    from convplan._store import ForgivingStore
+
+log = logging.getLogger("convplan.runtime")
+
+CACHE_LIMIT_VARIABLE = "CONVPLAN_CACHE_LIMIT"
+DEFAULT_CACHE_LIMIT = 10_000
+STORE_VARIABLES = ("CONVPLAN_STORE", "CONVPLAN_CACHE_DIR")
+COUNTERS = ("hits", "misses", "planned", "tuned", "from_store", "fell_back", "failed")
+
+Observe = Callable[[Problem, tuple[bool, bool]], None]
+"""Told of a problem that is asked for, and whether gradients of its input and its weight may be asked for later."""
+
+Key = TypeVar("Key", bound=Hashable)
+Value = TypeVar("Value")
+
+
+class LeastRecentlyUsed(OrderedDict[Key, Value], Generic[Key, Value]):
+    """A dict that forgets what was used longest ago. `limit` 0: unlimited; negative: keeps nothing (B20)."""
+
+    def __init__(self, limit: int) -> None:
+        super().__init__()
+        self.limit = limit
+
+    def add(self, key: Key, value: Value) -> None:
+        """Insert as the newest, dropping the oldest where that goes over the limit."""
+        if self.limit < 0:
+            return
+        self[key] = value
+        self.move_to_end(key)
+        while self.limit and len(self) > self.limit:
+            self.popitem(last=False)
+
+
+def cache_limit() -> int:
+    """The limit from the environment variable; a value that is no integer warns once and gives the default."""
+    text = os.environ.get(CACHE_LIMIT_VARIABLE)
+    if text is None:
+        return DEFAULT_CACHE_LIMIT
+    try:
+        return int(text)
+    except ValueError:
+        warn_once(
+            f"{CACHE_LIMIT_VARIABLE} is {text!r}, expected an integer (0: unlimited, negative: no caching); "
+            f"using {DEFAULT_CACHE_LIMIT}"
+        )
+        return DEFAULT_CACHE_LIMIT
+
+
+_warned: set[str] = set()
+
+
+def warn_once(message: str) -> None:
+    """Warn the first time in this process, log at DEBUG after that."""
+    if message in _warned:
+        log.debug("%s", message)
+        return
+    _warned.add(message)
+    warnings.warn(message, ConvPlanWarning, stacklevel=3)
+
+
+class _Counts:
+    """Counters that any thread may raise. Hits are counted without a lock, in a cell of each thread's own."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._rare = dict.fromkeys(COUNTERS, 0)
+        self._hit_cells: list[list[int]] = []
+
+    def add(self, name: str) -> None:
+        with self._lock:
+            self._rare[name] += 1
+
+    def new_hit_cell(self, owner: object) -> list[int]:
+        """A cell for the calling thread; its count is kept when `owner`, which lives as long as the thread, goes."""
+        cell = [0]
+        with self._lock:
+            self._hit_cells.append(cell)
+        weakref.finalize(owner, self._retire, cell).atexit = False
+        return cell
+
+    def _retire(self, cell: list[int]) -> None:
+        with self._lock:
+            self._rare["hits"] += cell[0]
+            self._hit_cells = [c for c in self._hit_cells if c is not cell]
+
+    def read(self, reset: bool) -> dict[str, int]:
+        with self._lock:
+            seen = {**self._rare, "hits": self._rare["hits"] + sum(cell[0] for cell in self._hit_cells)}
+            if reset:
+                self._rare = dict.fromkeys(COUNTERS, 0)
+                for cell in self._hit_cells:
+                    cell[0] = 0
+            return seen
+
+
+class _Anchor:
+    """Lives as long as a thread's local storage."""
+
+
+class Local(threading.local):
+    """What each thread has of its own: plans that are ready to run, and its count of hits."""
+
+    def __init__(self) -> None:
+        self.anchor = _Anchor()
+        self.hits = counts.new_hit_cell(self.anchor)
+        self.token = -1
+        self.callers: LeastRecentlyUsed[Hashable, Callable[..., Any]] = LeastRecentlyUsed(cache_limit())
+
+    def remember(self, key: Hashable, token: int, caller: Callable[..., Any]) -> None:
+        """Keep a caller; those of an earlier token (another policy, other engines) are dropped first."""
+        if self.token != token or self.callers.limit != cache_limit():
+            self.callers = LeastRecentlyUsed(cache_limit())
+            self.token = token
+        self.callers.add(key, caller)
+
+
+class State:
+    """The switch: whether convolutions of the process go through convplan, and under which policy.
+
+    `token` changes whenever an earlier choice may no longer hold, and is part of every caller's key.
+    """
+
+    def __init__(self) -> None:
+        self.enabled = False
+        self.policy = Policy()
+        self.token = 0
+        self.captures: tuple[Observe, ...] = ()
+
+    def touch(self) -> None:
+        self.token += 1
+
+
+counts = _Counts()
+state = State()
+local = Local()
+
+
+class _Choice:
+    """The record that a problem runs by, and how often it was seen while that record is only provisional."""
+
+    def __init__(self) -> None:
+        self.lock = threading.RLock()
+        self.record: PlanRecord | None = None
+        self.error: NoPlan | None = None  # planning found nothing; not tried again at every call
+        self.final = False
+        self.sightings = 0
+
+
+class _Choices:
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._kept: LeastRecentlyUsed[tuple[Problem, Policy, _environment.Environment], _Choice] | None = None
+
+    def get(self, problem: Problem, policy: Policy, environment: _environment.Environment) -> _Choice:
+        key = (problem, policy, environment)
+        with self._lock:
+            if self._kept is None:
+                self._kept = LeastRecentlyUsed(cache_limit())
+            found = self._kept.get(key)
+            if found is None:
+                found = _Choice()
+            self._kept.add(key, found)
+            return found
+
+    def clear(self) -> None:
+        with self._lock:
+            self._kept = None
+
+
+_choices = _Choices()
+_store_lock = threading.Lock()
+_stores: dict[tuple[str | None, ...], ForgivingStore] = {}
+
+
+def store() -> ForgivingStore:
+    """The plan store that the environment variables name now; opened when first used."""
+    from convplan._store import ForgivingStore
+
+    where = tuple(os.environ.get(name) for name in STORE_VARIABLES)
+    with _store_lock:
+        if where not in _stores:
+            _stores[where] = ForgivingStore()
+        return _stores[where]
+
+
+def forget() -> None:
+    """Drop every choice and every ready plan of this process; the store keeps its rows."""
+    _choices.clear()
+    state.touch()
+    with _store_lock:
+        _stores.clear()
+
+
+def decide(problem: Problem, policy: Policy) -> tuple[_Choice, PlanRecord]:
+    """The record to run a problem by: the remembered, the stored, or a newly planned one.
+
+    Args:
+        problem: not empty.
+        policy: as the user gave it; flags left None follow torch's.
+
+    Raises:
+        NoPlan: no engine runs it. ReplayMiss: replay mode, and it is not stored.
+    """
+    resolved = policy.resolve()
+    environment = _environment.current(problem.device)
+    choice = _choices.get(problem, resolved, environment)
+    with choice.lock:
+        choice.sightings += 1
+        if choice.error is not None:
+            raise choice.error
+        if choice.record is None:
+            _first_sight(choice, problem, resolved, environment)
+        elif not choice.final and _is_due(choice, resolved):
+            _tune(choice, problem, resolved, environment)
+        assert choice.record is not None
+        return choice, choice.record
+
+
+def _is_due(choice: _Choice, policy: Policy) -> bool:
+    at = policy.tunes_at_sight
+    return at is not None and choice.sightings >= at
+
+
+def _first_sight(
+    choice: _Choice, problem: Problem, policy: Policy, environment: _environment.Environment
+) -> None:
+    stored = store().lookup(problem, policy, environment)
+    if stored is not None and _still_builds(stored):
+        counts.add("from_store")
+        choice.record, choice.final = stored, True
+    elif policy.mode == "replay" and policy.replay_miss == "error":
+        counts.add("failed")
+        raise ReplayMiss(problem=str(problem), policy=str(policy))
+    elif _is_due(choice, policy):
+        _tune(choice, problem, policy, environment)
+    else:
+        choice.record = _plan_or_note(choice, problem, policy, environment, "instant")
+        choice.final = policy.tunes_at_sight is None
+        counts.add("planned")
+        if policy.effort == "instant" and policy.mode == "auto":
+            store().remember(choice.record)
+
+
+def _still_builds(record: PlanRecord) -> bool:
+    """Whether the stored choice can still be built here; a record that cannot is planned anew."""
+    try:
+        record.build()
+    except ConvPlanError as exc:
+        log.info("stored plan of %s does not build any more (%s): planning it again", record.problem, exc)
+        return False
+    return True
+
+
+def _tune(choice: _Choice, problem: Problem, policy: Policy, environment: _environment.Environment) -> None:
+    choice.record = _plan_or_note(choice, problem, policy, environment, "measure")
+    choice.final = True
+    counts.add("planned")
+    counts.add("tuned")
+    store().remember(choice.record)
+
+
+def _plan_or_note(
+    choice: _Choice, problem: Problem, policy: Policy, environment: _environment.Environment, effort: Effort
+) -> PlanRecord:
+    """Plan; when nothing survives, note it in the choice, so that later calls do not search again."""
+    try:
+        return plan_problem(problem, policy, environment, effort=effort)
+    except NoPlan as exc:
+        counts.add("failed")
+        choice.error = exc
+        raise
+
+
+def adopt(problem: Problem, policy: Policy, *, force: bool = False) -> tuple[PlanRecord, bool]:
+    """Plan a problem now, with the policy's effort and whatever `tune_after` says, and use it from here on.
+
+    Returns:
+        The record, and whether it was planned now (False: a record of that effort was already there).
+    """
+    resolved = policy.resolve()
+    environment = _environment.current(problem.device)
+    choice = _choices.get(problem, resolved, environment)
+    with choice.lock:
+        wanted = EFFORTS.index(resolved.effort)
+        if choice.record is None or EFFORTS.index(choice.record.effort) < wanted:
+            found = store().lookup(problem, resolved, environment)
+            if found is not None and _still_builds(found):
+                counts.add("from_store")
+                choice.record, choice.final = found, True
+        have = choice.record
+        if have is not None and EFFORTS.index(have.effort) >= wanted and not force:
+            return have, False
+        if resolved.mode == "replay":
+            counts.add("failed")
+            raise ReplayMiss(problem=str(problem), policy=str(resolved))
+        record = plan_problem(problem, resolved, environment)
+        counts.add("planned")
+        if resolved.effort != "instant":
+            counts.add("tuned")
+        choice.record, choice.final = record, True
+        store().remember(record)
+        state.touch()
+        return record, True
+
+
+class Runner:
+    """Runs one problem by its choice: `runner(first, second, bias, out)`.
+
+    Belongs to one thread. While its choice is provisional, each call counts as one more sighting of the problem.
+    """
+
+    def __init__(self, problem: Problem, policy: Policy) -> None:
+        self._problem = problem
+        self._policy = policy
+        self._choice, self._record = decide(problem, policy)
+        self._plan = self._build()
+        self._run = self._plan.unchecked_run
+        self._fresh = True
+
+    def _build(self) -> Plan:
+        """Build the record's choice, or the first of those ranked after it that still builds."""
+        tried = []
+        for rank in range(len(self._record.ranking)):
+            try:
+                return self._record.build(rank)
+            except ConvPlanError as exc:
+                tried.append((str(self._record.ranking[rank].config), str(exc)))
+        raise NoPlan(problem=str(self._problem), policy=str(self._policy), rejections=tried)
+
+    def __call__(
+        self, first: torch.Tensor, second: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor | None
+    ) -> torch.Tensor:
+        if not self._choice.final or self._choice.record is not self._record:
+            self._look_again()
+        try:
+            return self._run(first, second, bias, out)
+        except Exception as exc:  # whatever an engine raises, the convolution must still be computed
+            return self._next_ranked(exc, first, second, bias, out)
+
+    def _look_again(self) -> None:
+        """Count one more sighting of a provisional choice; take over the record when another one was chosen."""
+        if self._fresh:  # the sighting that made this runner is counted already
+            self._fresh = False
+            if self._choice.record is self._record:
+                return
+        if self._choice.final:
+            record = self._choice.record
+        else:
+            self._choice, record = decide(self._problem, self._policy)
+        if record is not None and record is not self._record:
+            self._record = record
+            self._plan = self._build()
+            self._run = self._plan.unchecked_run
+
+    def _next_ranked(
+        self,
+        exc: Exception,
+        first: torch.Tensor,
+        second: torch.Tensor,
+        bias: torch.Tensor | None,
+        out: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """Run the best-ranked plan that works, and demote those that failed for the rest of the process (B18, B23)."""
+        counts.add("failed")
+        failed = {self._plan.config: first_line(exc)}
+        for rank, evidence in enumerate(self._record.ranking):
+            if evidence.config in failed:
+                continue
+            try:
+                plan = self._record.build(rank)
+                result = plan.unchecked_run(first, second, bias, out)
+            except Exception as next_exc:  # same as above: try the one after
+                failed[evidence.config] = first_line(next_exc)
+                continue
+            warn_once(f"plan {self._plan.config} failed ({first_line(exc)}); using {plan.config} for {self._problem}")
+            counts.add("fell_back")
+            self._demote(failed)
+            self._plan, self._run = plan, plan.unchecked_run
+            return result
+        tried = [(str(config), reason) for config, reason in failed.items()]
+        raise ExecutionFailed(plan=str(self._problem), tried=tried) from exc
+
+    def _demote(self, failed: dict[Any, str]) -> None:
+        """Re-rank: what failed goes to the rejected, in this process only, since memory may be short for now alone."""
+
+        def with_reason(evidence: Evidence) -> Evidence:
+            return msgspec.structs.replace(evidence, rejected="run", reason=failed[evidence.config])
+
+        with self._choice.lock:
+            record = self._record
+            self._record = msgspec.structs.replace(
+                record,
+                ranking=tuple(e for e in record.ranking if e.config not in failed),
+                rejected=(*record.rejected, *(with_reason(e) for e in record.ranking if e.config in failed)),
+            )
+            self._choice.record = self._record
+
+
+def check_policy(policy: Policy) -> Policy:
+    """The policy itself, after making sure that the engines it names exist.
+
+    Raises:
+        PolicyError: one does not; lists those that do.
+    """
+    if not isinstance(policy, Policy):
+        from convplan._errors import PolicyError
+
+        raise PolicyError(f"policy is {policy!r}, expected a convplan.Policy or None")
+    registry.allowed(policy.engines)
+    return policy

@@ -1,0 +1,407 @@
+"""Engine `aten`: torch's own convolution kernels, with the choices torch makes for you turned into knobs.
+
+Runs on every device torch has a convolution for, and is the last resort everywhere. Knobs:
+
+    layout    run on the tensors as given, or converted (conversion included in its time)
+    path      torch's own choice (oneDNN on the CPU where it can), or the native im2col path with oneDNN off
+    via       which operation computes a dgrad: the backward kernel, a transposed convolution, or (stride 1) a forward
+              convolution with the flipped filter
+    compute   in the tensors' dtype, or in float32 for 16-bit ones
+
+Stock kernels are reached below the dispatcher entries that `torch_ops.override` replaces, so nothing here recurses.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+from enum import IntEnum
+
+import torch
+
+from convplan._environment import native_path, onednn_enabled
+from convplan._errors import PlanRejected
+from convplan._policy import Effort, Policy
+from convplan._problem import DTYPES, Problem, TensorSpec
+from convplan.engines._support import TORCH_DTYPES, deliver, empty, memory_format
+from convplan.engines.base import YES, Built, Candidate, EngineConfig, Run, Support, no
+
+
+class Layout(IntEnum):
+    """Knob `layout`: the memory format the kernel runs in."""
+
+    AS_GIVEN = 0
+    CONTIGUOUS = 1
+    CHANNELS_LAST = 2
+
+
+class Path(IntEnum):
+    """Knob `path`: which of torch's CPU implementations."""
+
+    STOCK = 0
+    NATIVE = 1
+
+
+class Via(IntEnum):
+    """Knob `via`: which operation computes a dgrad."""
+
+    BACKWARD = 0
+    TRANSPOSED = 1
+    FLIPPED = 2
+
+
+class Compute(IntEnum):
+    """Knob `compute`: the dtype the kernel runs in."""
+
+    OWN = 0
+    FLOAT32 = 1
+
+
+_DEVICES = ("cpu", "cuda")
+_NATIVE_MOST_FLOPS = 5e9  # the native path trails oneDNN by 1.5x and more on large problems: not worth the tuning time
+
+
+class AtenEngine:
+    """Torch's own kernels; see the module's text for the knobs."""
+
+    name = "aten"
+    by_default = True
+
+    def supports(self, problem: Problem) -> Support:
+        """Any problem on a device it knows."""
+        if problem.device not in _DEVICES:
+            return no(f"device is {problem.device!r}, supported: {', '.join(_DEVICES)}")
+        return no("the problem is empty") if problem.is_empty else YES
+
+    def configs(self, problem: Problem, effort: Effort) -> Sequence[Candidate]:
+        """Torch's own choice first, then each knob turned."""
+        half = DTYPES[problem.dtype].itemsize_bytes == 2
+        computes = (Compute.OWN, Compute.FLOAT32) if half and problem.device == "cpu" else (Compute.OWN,)
+        found = [
+            self._candidate(problem, layout, Path.STOCK, via, compute)
+            for compute in computes
+            for layout in _layouts(problem)
+            for via in _vias(problem)
+            if layout is Layout.AS_GIVEN or via is not Via.FLIPPED
+        ]
+        if self._has_native_path(problem):
+            found.append(self._candidate(problem, Layout.AS_GIVEN, Path.NATIVE, Via.BACKWARD, Compute.OWN))
+        return found
+
+    def _has_native_path(self, problem: Problem) -> bool:
+        """Float32 on the CPU, unless the user turned oneDNN off: then torch's own choice is the native path."""
+        on_cpu = problem.device == "cpu" and problem.dtype == "float32"
+        return on_cpu and problem.flops <= _NATIVE_MOST_FLOPS and onednn_enabled()
+
+    def _candidate(self, problem: Problem, layout: Layout, path: Path, via: Via, compute: Compute) -> Candidate:
+        knobs = {"layout": layout, "path": path, "compute": compute}
+        if problem.op == "dgrad":
+            knobs["via"] = via
+        return Candidate(
+            config=EngineConfig.of(self.name, **{name: int(value) for name, value in knobs.items()}),
+            workspace_bytes=_workspace_bytes(problem, layout, path, via, compute),
+            flops=float(problem.flops),
+            source="fallback" if path is Path.NATIVE else "heuristic",
+        )
+
+    def build(self, problem: Problem, config: EngineConfig, policy: Policy) -> Built:
+        """Build one configuration.
+
+        Raises:
+            PlanRejected: a knob's value is unknown, or means nothing for this problem.
+        """
+        try:
+            layout, path = Layout(config.knob("layout")), Path(config.knob("path"))
+            via, compute = Via(config.knob("via")), Compute(config.knob("compute"))
+        except ValueError as exc:
+            raise PlanRejected(engine=self.name, config=str(config), reason=str(exc)) from exc
+        if via is Via.FLIPPED and Via.FLIPPED not in _vias(problem):
+            raise PlanRejected(engine=self.name, config=str(config), reason="the flipped filter needs a stride-1 dgrad")
+        core = _CORES[problem.op](problem, policy, via)
+        run = core if layout is Layout.AS_GIVEN and compute is Compute.OWN else _converted(core, problem, layout, compute)
+        if path is Path.NATIVE:
+            run = _natively(run)
+        workspace = _workspace_bytes(problem, layout, path, via, compute)
+        return Built(run=_delivered(run, problem.output), workspace_bytes=workspace)
+
+
+Core = Callable[[torch.Tensor, torch.Tensor, "torch.Tensor | None"], torch.Tensor]
+
+
+def _layouts(problem: Problem) -> list[Layout]:
+    """As given, then the dense layouts that at least one input is not in already."""
+    given = {spec.layout for spec in problem.inputs}
+    others = [Layout.CHANNELS_LAST, Layout.CONTIGUOUS]
+    names = {Layout.CONTIGUOUS: "contiguous", Layout.CHANNELS_LAST: "channels_last"}
+    return [Layout.AS_GIVEN] + [layout for layout in others if given != {names[layout]}]
+
+
+def _vias(problem: Problem) -> tuple[Via, ...]:
+    if problem.op != "dgrad":
+        return (Via.BACKWARD,)
+    reach = [dil * (taps - 1) for dil, taps in zip(problem.dilation, problem.w.dims[2:], strict=True)]
+    fits = all(max(pair) <= far for pair, far in zip(problem.padding, reach, strict=True))
+    if set(problem.stride) == {1} and fits:
+        return (Via.BACKWARD, Via.TRANSPOSED, Via.FLIPPED)
+    return (Via.BACKWARD, Via.TRANSPOSED)
+
+
+def _workspace_bytes(problem: Problem, layout: Layout, path: Path, via: Via, compute: Compute) -> int:
+    tensors = (*problem.inputs, problem.output)
+    total = 0
+    if layout is not Layout.AS_GIVEN:
+        total += sum(spec.nbytes for spec in tensors)
+    if compute is Compute.FLOAT32:
+        total += sum(4 * spec.numel for spec in tensors)
+    if path is Path.NATIVE:
+        columns = problem.y.dims[0] * math.prod(problem.y.dims[2:]) * problem.x.dims[1] * math.prod(problem.w.dims[2:])
+        total += columns * DTYPES[problem.dtype].itemsize_bytes
+    if via is Via.FLIPPED:
+        total += problem.w.nbytes
+    if any(before != after for before, after in problem.padding):
+        total += 2 * problem.x.nbytes
+    return total
+
+
+def _delivered(run: Core, spec: TensorSpec) -> Run:
+    strides = spec.strides
+
+    def run_and_deliver(
+        first: torch.Tensor, second: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor | None
+    ) -> torch.Tensor:
+        result = run(first, second, bias)
+        if out is None and result.stride() == strides:
+            return result
+        return deliver(result, spec, out)
+
+    return run_and_deliver
+
+
+def _natively(run: Core) -> Core:
+    def run_natively(first: torch.Tensor, second: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        with native_path.active():
+            return run(first, second, bias)
+
+    return run_natively
+
+
+def _converted(core: Core, problem: Problem, layout: Layout, compute: Compute) -> Core:
+    """Run in another layout or dtype; 1-D problems get a unit dimension where torch has no channels-last for them."""
+    dtype = torch.float32 if compute is Compute.FLOAT32 else None
+    if layout is Layout.CHANNELS_LAST and problem.spatial_rank == 1:
+        return _as_two_dimensional(problem, dtype)
+    wanted = {
+        Layout.AS_GIVEN: torch.preserve_format,
+        Layout.CONTIGUOUS: torch.contiguous_format,
+        Layout.CHANNELS_LAST: torch.channels_last if problem.spatial_rank == 2 else torch.channels_last_3d,
+    }[layout]
+
+    def run(first: torch.Tensor, second: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        return core(
+            first.to(dtype=dtype or first.dtype, memory_format=wanted),
+            second.to(dtype=dtype or second.dtype, memory_format=wanted),
+            bias if bias is None or dtype is None else bias.to(dtype),
+        )
+
+    return run
+
+
+def _as_two_dimensional(problem: Problem, dtype: torch.dtype | None) -> Core:
+    lifted = _lift(problem)
+    # The policy only matters to cuDNN, and a 1-D problem on CUDA gains nothing from this layout's unit dimension.
+    core = _CORES[problem.op](lifted, Policy(deterministic=True, allow_tf32=False), Via.BACKWARD)
+
+    def run(first: torch.Tensor, second: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        result = core(
+            first.unsqueeze(2).to(dtype=dtype or first.dtype, memory_format=torch.channels_last),
+            second.unsqueeze(2).to(dtype=dtype or second.dtype, memory_format=torch.channels_last),
+            bias if bias is None or dtype is None else bias.to(dtype),
+        )
+        return result.squeeze(2)
+
+    return run
+
+
+def _lift(problem: Problem) -> Problem:
+    """The same 1-D problem with a unit dimension before the last, channels-last (B5)."""
+
+    def lift(spec: TensorSpec) -> TensorSpec:
+        return TensorSpec.dense((*spec.dims[:2], 1, spec.dims[2]), spec.dtype, "channels_last")
+
+    return Problem(
+        op=problem.op,
+        x=lift(problem.x),
+        w=lift(problem.w),
+        y=lift(problem.y),
+        padding=((0, 0), *problem.padding),
+        stride=(1, *problem.stride),
+        dilation=(1, *problem.dilation),
+        groups=problem.groups,
+        epilogue=problem.epilogue,
+        device=problem.device,
+    )
+
+
+class _Padding:
+    """Splits padding into the symmetric part that torch's kernels take, and the rest on one side that they don't.
+
+    The rest is done by padding x beforehand, or by cropping it afterwards where x is the output.
+    """
+
+    def __init__(self, pairs: Sequence[tuple[int, int]]) -> None:
+        self.symmetric = [min(pair) for pair in pairs]
+        extra = [(before - low, after - low) for (before, after), low in zip(pairs, self.symmetric, strict=True)]
+        self.is_symmetric = not any(map(any, extra))
+        # F.pad wants the last dimension first.
+        self.extra = [side for pair in reversed(extra) for side in pair]
+        self._pairs = extra
+
+    def grow(self, x: torch.Tensor) -> torch.Tensor:
+        return x if self.is_symmetric else torch.nn.functional.pad(x, self.extra)
+
+    def grown_dims(self, dims: Sequence[int]) -> tuple[int, ...]:
+        grown = [size + before + after for size, (before, after) in zip(dims[2:], self._pairs, strict=True)]
+        return (*dims[:2], *grown)
+
+    def crop(self, x: torch.Tensor) -> torch.Tensor:
+        for dim, (before, after) in enumerate(self._pairs, start=2):
+            if before or after:
+                x = x.narrow(dim, before, x.shape[dim] - before - after)
+        return x
+
+
+def _convolve(
+    problem: Problem,
+    policy: Policy,
+    padding: list[int],
+    *,
+    transposed: bool = False,
+    output_padding: list[int] | None = None,
+) -> Core:
+    """`aten::_convolution` below the entry that convplan replaces, with the policy as its flags."""
+    stride, dilation, groups = list(problem.stride), list(problem.dilation), problem.groups
+    outer = output_padding or [0] * len(stride)
+    deterministic, tf32 = bool(policy.deterministic), bool(policy.allow_tf32)
+    convolution = torch._convolution
+
+    def run(first: torch.Tensor, second: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        return convolution(
+            first, second, bias, stride, padding, dilation, transposed, outer, groups,
+            False, deterministic, True, tf32,
+        )  # fmt: skip
+
+    return run
+
+
+def _fprop(problem: Problem, policy: Policy, via: Via) -> Core:
+    padding = _Padding(problem.padding)
+    convolve = _convolve(problem, policy, padding.symmetric)
+    if padding.is_symmetric:
+        return convolve
+    return lambda x, w, bias: convolve(padding.grow(x), w, bias)
+
+
+def _dgrad(problem: Problem, policy: Policy, via: Via) -> Core:
+    if via is Via.FLIPPED:
+        return _dgrad_flipped(problem, policy)
+    padding = _Padding(problem.padding)
+    grown = padding.grown_dims(problem.x.dims)
+    if via is Via.TRANSPOSED:
+        sizes = zip(grown[2:], problem.y.dims[2:], problem.w.dims[2:], strict=True)
+        window = zip(padding.symmetric, problem.stride, problem.dilation, strict=True)
+        outer = [
+            size - ((out - 1) * step - 2 * pad + dil * (taps - 1) + 1)
+            for (size, out, taps), (pad, step, dil) in zip(sizes, window, strict=True)
+        ]
+        convolve = _convolve(problem, policy, padding.symmetric, transposed=True, output_padding=outer)
+        return lambda y, w, bias: padding.crop(convolve(y, w, bias))
+    backward = _backward(problem, policy, padding.symmetric, [True, False, False])
+    layout = "channels_last" if problem.x.layout == "channels_last" else "contiguous"
+    like = TensorSpec.dense(grown, problem.dtype, layout)
+
+    def run(y: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        # The kernel reads the input's sizes and layout only: memory that is reserved and never touched.
+        x = torch.empty_strided(like.dims, like.strides, dtype=y.dtype, device=y.device)
+        result = padding.crop(backward(y, x, w)[0])
+        return result if bias is None else result + bias.view(-1, *[1] * problem.spatial_rank)
+
+    return run
+
+
+def _dgrad_flipped(problem: Problem, policy: Policy) -> Core:
+    """dgrad of stride 1 as the correlation of dy with the filter flipped in space and exchanged in channels."""
+    reach = [dil * (taps - 1) for dil, taps in zip(problem.dilation, problem.w.dims[2:], strict=True)]
+    padding = _Padding([(far - b, far - a) for far, (b, a) in zip(reach, problem.padding, strict=True)])
+    convolve = _convolve(problem, policy, padding.symmetric)
+    groups, spatial = problem.groups, list(range(2, 2 + problem.spatial_rank))
+    filters, channels = problem.w.dims[0] // groups, problem.w.dims[1]
+    taps = problem.w.dims[2:]
+
+    def run(y: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        flipped = w.flip(spatial).reshape(groups, filters, channels, *taps).transpose(1, 2)
+        return convolve(padding.grow(y), flipped.reshape(groups * channels, filters, *taps), bias)
+
+    return run
+
+
+def _wgrad(problem: Problem, policy: Policy, via: Via) -> Core:
+    padding = _Padding(problem.padding)
+    backward = _backward(problem, policy, padding.symmetric, [False, True, False])
+    like = problem.w
+
+    def run(x: torch.Tensor, y: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        w = torch.empty_strided(like.dims, like.strides, dtype=x.dtype, device=x.device)
+        return backward(y, padding.grow(x), w)[1]
+
+    return run
+
+
+_CORES: dict[str, Callable[[Problem, Policy, Via], Core]] = {"fprop": _fprop, "dgrad": _dgrad, "wgrad": _wgrad}
+
+Backward = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], Sequence[torch.Tensor]]
+
+
+def _backward(problem: Problem, policy: Policy, padding: list[int], mask: list[bool]) -> Backward:
+    """`aten::convolution_backward(dy, x, w)` as torch registered it, whatever convplan has put in its place since."""
+    stride, dilation, groups = list(problem.stride), list(problem.dilation), problem.groups
+    zeros = [0] * len(stride)
+    kernel, keyset = stock_backward(problem.device)
+    call = kernel.call_boxed
+
+    def run(y: torch.Tensor, x: torch.Tensor, w: torch.Tensor) -> Sequence[torch.Tensor]:
+        result: Sequence[torch.Tensor] = call(
+            keyset, y, x, w, None, stride, padding, dilation, False, zeros, groups, mask
+        )
+        return result
+
+    if problem.device != "cuda":
+        return run
+    deterministic, tf32 = bool(policy.deterministic), bool(policy.allow_tf32)
+
+    def run_with_flags(y: torch.Tensor, x: torch.Tensor, w: torch.Tensor) -> Sequence[torch.Tensor]:
+        # Unlike the forward, torch's backward reads its flags from global state.
+        with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=deterministic, allow_tf32=tf32):
+            return run(y, x, w)
+
+    return run_with_flags
+
+
+@functools.lru_cache(maxsize=8)
+def stock_forward(device: str) -> tuple[torch._C._SafeKernelFunction, torch._C.DispatchKeySet]:
+    """Torch's own `aten::convolution` for a device, and the key set to call it with.
+
+    Must first be called while nothing is overridden, which `torch_ops.override` sees to.
+    """
+    return _stock("aten::convolution", device)
+
+
+@functools.lru_cache(maxsize=8)
+def stock_backward(device: str) -> tuple[torch._C._SafeKernelFunction, torch._C.DispatchKeySet]:
+    """The same for `aten::convolution_backward`."""
+    return _stock("aten::convolution_backward", device)
+
+
+def _stock(name: str, device: str) -> tuple[torch._C._SafeKernelFunction, torch._C.DispatchKeySet]:
+    key = device.upper()
+    return torch.library.get_kernel(name, key), torch._C.DispatchKeySet(torch._C._parse_dispatch_key(key))

@@ -1,0 +1,239 @@
+"""The one adapter between torch's calls and convplan's problems. Knows tensors and arguments, no engine.
+
+`ConvArgs` is a convolution's arguments in one form, whoever called: torch's dispatcher (`override`) or convplan's own
+functions (`functional`). From tensors and arguments it makes the `Problem`s of the forward and of both gradients:
+
+                     forward                 gradient of the input       gradient of the weight
+    convolution      fprop(x, w)             dgrad(dy, w)                wgrad(x, dy)
+    transposed       dgrad(x as y, w)        fprop(dy as x, w)           wgrad(dy as x, x as y)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+
+from convplan._errors import SpecError
+from convplan._problem import (
+    DTYPES,
+    Epilogue,
+    Op,
+    Problem,
+    TensorSpec,
+    channels_last_strides,
+    contiguous_strides,
+    output_spatial,
+)
+
+DTYPE_NAMES: dict[torch.dtype, str] = {getattr(torch, name): name for name in DTYPES}
+
+# Largest power of two, at most 32, that divides an address, by the address's last five bits (B1).
+ALIGNMENT_BYTES = tuple(32 if low == 0 else low & -low for low in range(32))
+
+
+class ConvArgs(NamedTuple):
+    """Arguments of one convolution; padding as one (before, after) pair for each spatial dimension."""
+
+    stride: tuple[int, ...]
+    padding: tuple[tuple[int, int], ...]
+    dilation: tuple[int, ...]
+    transposed: bool
+    output_padding: tuple[int, ...]
+    groups: int
+
+    @property
+    def is_symmetric(self) -> bool:
+        """Torch's own convolution can express the padding."""
+        return all(before == after for before, after in self.padding)
+
+
+def conv_args(
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    transposed: bool,
+    output_padding: Sequence[int],
+    groups: int,
+    spatial: int,
+) -> ConvArgs:
+    """Arguments as torch's dispatcher hands them over; one number may stand for all dimensions."""
+    pads = _expand(padding, spatial)
+    return ConvArgs(
+        stride=_expand(stride, spatial),
+        padding=tuple((pad, pad) for pad in pads),
+        dilation=_expand(dilation, spatial),
+        transposed=transposed,
+        output_padding=_expand(output_padding, spatial) if transposed else (0,) * spatial,
+        groups=groups,
+    )
+
+
+def _expand(values: Sequence[int], spatial: int) -> tuple[int, ...]:
+    return tuple(values) * spatial if len(values) == 1 else tuple(values)
+
+
+def alignment_bytes(tensor: torch.Tensor) -> int:
+    """Largest power of two, at most 32, that divides the tensor's data pointer (B1)."""
+    return ALIGNMENT_BYTES[tensor.data_ptr() & 31]
+
+
+def spec_of(tensor: torch.Tensor) -> TensorSpec:
+    """A tensor's sizes, strides, dtype and alignment.
+
+    Raises:
+        SpecError: a dtype or rank that convplan does not plan for.
+    """
+    dtype = DTYPE_NAMES.get(tensor.dtype)
+    if dtype is None:
+        raise SpecError(f"dtype is {tensor.dtype}, expected one of {', '.join(DTYPES)}")
+    return TensorSpec(tuple(tensor.shape), tensor.stride(), dtype, alignment_bytes(tensor))
+
+
+def output_spec(dims: Sequence[int], *inputs: torch.Tensor) -> TensorSpec:
+    """The output's layout as torch chooses it: channels-last when either input suggests it (B3), never for float64.
+
+    Torch knows channels-last for two and three spatial dimensions only, so a 1-D output is always contiguous.
+    """
+    dtype = DTYPE_NAMES[inputs[0].dtype]
+    wanted = len(dims) > 3 and dtype != "float64" and any(map(suggests_channels_last, inputs))
+    strides = channels_last_strides(dims) if wanted else contiguous_strides(dims)
+    return TensorSpec(tuple(dims), strides, dtype)
+
+
+def suggests_channels_last(tensor: torch.Tensor) -> bool:
+    """Torch's own reading of a layout from raw strides: channels step least, then width, height, depth, batch.
+
+    Where a size-1 dimension leaves it open, the stride that happens to stand there decides, as in torch.
+    """
+    if tensor.dim() < 4 or tensor.stride(1) == 0:
+        return False
+    least = 0
+    for dim in (1, *range(tensor.dim() - 1, 1, -1), 0):
+        size, stride = tensor.shape[dim], tensor.stride(dim)
+        if size == 0 or stride < least or (dim == 0 and least == tensor.stride(1)):
+            return False
+        least = stride * max(size, 1)
+    return True
+
+
+def forward_problem(x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None, args: ConvArgs) -> Problem:
+    """The problem of a forward call; run it with (x, w, bias).
+
+    Raises:
+        SpecError: the arguments have no meaning, or none that a `Problem` can express.
+    """
+    check_same_place(x, w, bias)
+    given, weight = spec_of(x), spec_of(w)
+    spatial = given.dims[2:]
+    if len(given.dims) != len(weight.dims):
+        raise SpecError(f"input {given.dims} and weight {weight.dims} differ in rank, expected the same")
+    epilogue = Epilogue(bias=bias is not None)
+    if not args.transposed:
+        _check_bias(bias, weight.dims[0], given.dtype)
+        sizes = output_spatial(spatial, weight.dims[2:], args.padding, args.stride, args.dilation)
+        y = output_spec((given.dims[0], weight.dims[0], *sizes), x, w)
+        return _problem("fprop", given, weight, y, args.padding, args, x, epilogue)
+    channels = weight.dims[1] * args.groups
+    _check_bias(bias, channels, given.dtype)
+    sizes = transposed_spatial(spatial, weight.dims[2:], args)
+    out = output_spec((given.dims[0], channels, *sizes), x, w)
+    return _problem("dgrad", out, weight, given, transposed_padding(args), args, x, epilogue)
+
+
+def transposed_spatial(x_spatial: Sequence[int], filter_sizes: Sequence[int], args: ConvArgs) -> tuple[int, ...]:
+    """Spatial sizes of a transposed convolution's output."""
+    return tuple(
+        (size - 1) * step - before - after + dil * (taps - 1) + outer + 1
+        for size, taps, step, (before, after), dil, outer in zip(
+            x_spatial, filter_sizes, args.stride, args.padding, args.dilation, args.output_padding, strict=True
+        )
+    )
+
+
+def transposed_padding(args: ConvArgs) -> tuple[tuple[int, int], ...]:
+    """Padding of the convolution whose dgrad is this transposed convolution.
+
+    Output padding below the stride is what flooring loses and needs nothing. From the stride on, the convolution would
+    gain an output; less padding behind takes it away again.
+
+    Raises:
+        SpecError: there is not enough padding to take away.
+    """
+    pairs = []
+    for (before, after), outer, step in zip(args.padding, args.output_padding, args.stride, strict=True):
+        less = outer if outer >= step else 0
+        if less > after:
+            raise SpecError(f"output_padding is {outer} with stride {step} and padding {after}, expected less of it")
+        pairs.append((before, after - less))
+    return tuple(pairs)
+
+
+def gradient_problem(
+    which: str, dy: torch.Tensor, x: torch.Tensor, w: torch.Tensor, args: ConvArgs
+) -> tuple[Problem, bool]:
+    """The problem of one gradient, `input` or `weight`, of a forward call with these arguments.
+
+    Returns:
+        The problem, and for the weight's gradient whether its inputs are (dy, x) instead of (x, dy). The input's
+        gradient is always run with (dy, w).
+    """
+    check_same_place(dy, x, w)
+    given, weight, grad = spec_of(x), spec_of(w), spec_of(dy)
+    if which == "input":
+        out = output_spec(given.dims, x, w)
+        if args.transposed:
+            return _problem("fprop", grad, weight, out, transposed_padding(args), args, dy), False
+        return _problem("dgrad", out, weight, grad, args.padding, args, dy), False
+    out = output_spec(weight.dims, x, w)
+    if args.transposed:
+        return _problem("wgrad", grad, out, given, transposed_padding(args), args, dy), True
+    return _problem("wgrad", given, out, grad, args.padding, args, dy), False
+
+
+def _problem(
+    op: Op,
+    x: TensorSpec,
+    w: TensorSpec,
+    y: TensorSpec,
+    padding: tuple[tuple[int, int], ...],
+    args: ConvArgs,
+    tensor: torch.Tensor,
+    epilogue: Epilogue | None = None,
+) -> Problem:
+    return Problem(
+        op=op,
+        x=x,
+        w=w,
+        y=y,
+        padding=padding,
+        stride=args.stride,
+        dilation=args.dilation,
+        groups=args.groups,
+        epilogue=epilogue or Epilogue(),
+        device=tensor.device.type,
+    )
+
+
+def check_same_place(*tensors: torch.Tensor | None) -> None:
+    """All tensors strided and on one device.
+
+    Raises:
+        SpecError: they are not.
+    """
+    given = [t for t in tensors if t is not None]
+    devices = sorted({str(t.device) for t in given})
+    if len(devices) > 1:
+        raise SpecError(f"tensors are on {', '.join(devices)}, expected one device; move them with .to(device)")
+    if any(t.layout != torch.strided for t in given):
+        raise SpecError(f"tensor layouts are {[str(t.layout) for t in given]}, expected torch.strided")
+
+
+def _check_bias(bias: torch.Tensor | None, channels: int, dtype: str) -> None:
+    if bias is None:
+        return
+    if tuple(bias.shape) != (channels,):
+        raise SpecError(f"bias.shape is {tuple(bias.shape)}, expected ({channels},), one number for each output channel")
+    if DTYPE_NAMES.get(bias.dtype) != dtype:
+        raise SpecError(f"bias is {bias.dtype}, expected torch.{dtype}, the input's dtype")
