@@ -8,8 +8,8 @@
     print(record.explain())
     y = record.build().run(x, w)
 
-Importing this costs nothing: torch, engines and stores load when something needs them. Everything public is listed here;
-modules whose names start with an underscore are not.
+Importing this costs nothing: torch, engines and stores load when something needs them. Everything public is listed
+here; modules whose names start with an underscore are not.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The public functions that plan: from tensors to a `Problem`, from problems to `PlanRecord`s, one or many at a time."""
+"""The public functions that plan: from tensors to a `Problem`, from problems to `PlanRecord`s, one or many at once."""
 
 from __future__ import annotations
 
@@ -104,15 +104,20 @@ class Capture(Sequence[Problem]):
     """The problems that a block of code ran, each once, in the order in which they were first met."""
 
     def __init__(self) -> None:
-        self._ran: dict[Problem, None] = {}
+        self._ran: dict[Problem, int] = {}
         self._gradients: dict[Problem, None] = {}
 
     def _observe(self, problem: Problem, gradients: tuple[bool, bool]) -> None:
-        self._ran.setdefault(problem)
+        self._ran[problem] = self._ran.get(problem, 0) + 1
         if any(gradients):
             for wanted, gradient in zip(gradients, problem.gradients(), strict=True):
                 if wanted:
                     self._gradients.setdefault(gradient)
+
+    @property
+    def calls(self) -> dict[Problem, int]:
+        """How often each problem ran."""
+        return dict(self._ran)
 
     @property
     def gradients(self) -> list[Problem]:
@@ -137,8 +142,8 @@ class Capture(Sequence[Problem]):
 def capture() -> Iterator[Capture]:
     """Record the problems of all convolutions in a block, whether or not convplan is enabled there.
 
-    Covers the functions of `torch.nn.functional`, modules, gradients that run in the block, and convplan's own functions,
-    in all threads. The convolutions run as they would without it.
+    Covers the functions of `torch.nn.functional`, modules, gradients that run in the block, and convplan's own
+    functions, in all threads. The convolutions run as they would without it.
     """
     from convplan.torch_ops import override
 
@@ -157,7 +162,8 @@ def tune(
     """Plan many problems now, measured, whatever `tune_after` and `effort` say, and store the plans.
 
     Args:
-        problems: problems, or a callable, which is called once under `capture()`. Its gradients count too: those that it
+        problems: problems, or a callable, which is called once under `capture()`. Its gradients count too: those that
+        it
             computes itself, else those that its result could be differentiated by.
         args: passed to the callable.
         policy: the rules; None: those of `enable()`, else the defaults.

@@ -1,7 +1,7 @@
 """Where a plan belongs: the machine and the library versions that its timings and its correctness depend on.
 
-A plan found in one environment is never used in another. Parts that a program can change while it runs (threads, torch's
-CPU flags) are read live; the rest is read once.
+A plan found in one environment is never used in another. Parts that a program can change while it runs (threads,
+torch's CPU flags) are read live; the rest is read once.
 """
 
 from __future__ import annotations
@@ -9,9 +9,7 @@ from __future__ import annotations
 import functools
 import os
 import platform
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from pathlib import Path
 
 import msgspec
 
@@ -37,7 +35,9 @@ class Environment(msgspec.Struct, frozen=True, forbid_unknown_fields=True, cache
         """The items that differ, as `threads 2 -> 4, torch 2.12 -> 2.13`; this environment first."""
         mine, theirs = dict(self.key_items()), dict(other.key_items())
         labels = [*mine, *(label for label in theirs if label not in mine)]
-        changed = [f"{k} {mine.get(k, 'absent')} -> {theirs.get(k, 'absent')}" for k in labels if mine.get(k) != theirs.get(k)]
+        changed = [
+            f"{k} {mine.get(k, 'absent')} -> {theirs.get(k, 'absent')}" for k in labels if mine.get(k) != theirs.get(k)
+        ]
         return ", ".join(changed)
 
     def __str__(self) -> str:
@@ -144,7 +144,7 @@ def _onednn_version() -> str:
 def cpu_model() -> str:
     """The processor's name with family, model and stepping, since cloud machines share one name among generations."""
     try:
-        with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as file:
+        with Path("/proc/cpuinfo").open(encoding="utf-8", errors="replace") as file:
             first = file.read(65_536).split("\n\n")[0]
     except OSError:
         return platform.processor() or platform.machine() or PROBE_FAILED
@@ -155,46 +155,8 @@ def cpu_model() -> str:
     return name + (f" ({'/'.join(numbers)})" if numbers else "") + (f" limited to {isa}" if isa else "")
 
 
-class _NativePath:
-    """Turns oneDNN off for calls that ask for torch's native path, while other threads keep seeing the user's setting.
-
-    Torch's switch is one global flag, so plain save-and-restore in two threads can leave it off for good. Here the
-    first to enter saves it and the last to leave restores it.
-    """
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._depth = 0
-        self._saved = True
-
-    @contextmanager
-    def active(self) -> Iterator[None]:
-        import torch
-
-        with self._lock:
-            if self._depth == 0:
-                self._saved = torch._C._get_mkldnn_enabled()
-                torch._C._set_mkldnn_enabled(False)
-            self._depth += 1
-        try:
-            yield
-        finally:
-            with self._lock:
-                self._depth -= 1
-                if self._depth == 0:
-                    torch._C._set_mkldnn_enabled(self._saved)
-
-    def user_setting(self) -> bool:
-        import torch
-
-        if self._depth:
-            return self._saved
-        return bool(torch._C._get_mkldnn_enabled())
-
-
-native_path = _NativePath()
-
-
 def onednn_enabled() -> bool:
-    """Whether the user lets torch use oneDNN, whatever a running native-path call has set for the moment."""
-    return native_path.user_setting()
+    """Whether torch may use oneDNN on the CPU."""
+    import torch
+
+    return bool(torch._C._get_mkldnn_enabled())

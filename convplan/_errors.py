@@ -20,7 +20,8 @@ survives pickling (planning may happen in another process).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 
@@ -31,11 +32,11 @@ def _rebuild(cls: type[ConvPlanError], args: tuple[Any, ...], kwargs: dict[str, 
 class ConvPlanError(Exception):
     """Base of everything convplan raises on purpose."""
 
-    _kwargs: dict[str, Any] = {}
+    _kwargs: Mapping[str, Any] = MappingProxyType({})  # what to call the constructor with again
 
     def __reduce__(self) -> tuple[Callable[..., ConvPlanError], tuple[Any, ...]]:
         # The default rebuilds from `args` alone and fails for constructors that take keywords only.
-        return _rebuild, (type(self), () if self._kwargs else self.args, self._kwargs)
+        return _rebuild, (type(self), () if self._kwargs else self.args, dict(self._kwargs))
 
 
 class SpecError(ConvPlanError, ValueError):

@@ -1,9 +1,9 @@
 """How long does each candidate take, and which is fastest? A race in shuffled rounds. Knows nothing of convolutions.
 
 Shuffled inside every round: timing A A A B B B lets clock drift look like a difference between A and B. Differences are
-taken inside a round, between runs that were neighbours in time, so drift cancels. A candidate leaves the race once it is
-surely slower than the leader; the race ends when the leader is alone, or the budget or the most useful number of rounds
-is spent.
+taken inside a round, between runs that were neighbours in time, so drift cancels. A candidate leaves the race once it
+is surely slower than the leader; the race ends when the leader is alone, or the budget or the most useful number of
+rounds is spent.
 """
 
 from __future__ import annotations

@@ -211,7 +211,9 @@ def _build(item: _Live, problem: Problem, policy: Policy, limit_bytes: int) -> s
     return _over_limit(item.built.workspace_bytes, limit_bytes)
 
 
-def _first_that_builds(live: Sequence[_Live], problem: Problem, policy: Policy) -> tuple[list[Evidence], list[Evidence]]:
+def _first_that_builds(
+    live: Sequence[_Live], problem: Problem, policy: Policy
+) -> tuple[list[Evidence], list[Evidence]]:
     """Effort `instant`: the first in order that builds is the choice, the rest stand behind it unbuilt (B14)."""
     limit = workspace_limit_bytes(problem, policy)
     rejected: list[Evidence] = []
@@ -275,9 +277,9 @@ def verify_candidates(
             best_us = min(best_us, item.first_us)
             kept.append(item)
     survivors = [item for item in kept if item.candidate.config not in verifier.condemned]
-    for item in kept:
-        if item not in survivors:
-            rejected.append(item.evidence("verify", verifier.condemned[item.candidate.config]))
+    rejected += [
+        item.evidence("verify", verifier.condemned[item.candidate.config]) for item in kept if item not in survivors
+    ]
     order = {id(item): place for place, item in enumerate(live)}
     return sorted(survivors, key=lambda item: order[id(item)]), rejected
 
@@ -311,8 +313,8 @@ def _verify(
 def _peak_flops_per_us(dtype: str, device: str, threads: int) -> float:
     """A rate no direct method reaches, in operations per microsecond.
 
-    For the CPU: twice the rate of a matrix product of a size that runs near the peak, and for 16-bit types, whose matrix
-    units a product of that size may not reach, sixteen times that of float32. Infinite on other devices.
+    For the CPU: twice the rate of a matrix product of a size that runs near the peak, and for 16-bit types, whose
+    matrix units a product of that size may not reach, sixteen times that of float32. Infinite on other devices.
     """
     if device != "cpu":
         return float("inf")

@@ -310,8 +310,8 @@ class Problem(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
     def gradients(self) -> tuple[Problem, Problem]:
         """The problems of this forward's gradients, of its input and of its weight, as torch would ask for them.
 
-        This problem must be a fprop, or a dgrad that stands for a transposed convolution. The incoming gradient is taken
-        to lie in memory as this problem's output does, and so are the results.
+        This problem must be a fprop, or a dgrad that stands for a transposed convolution. The incoming gradient is
+        taken to lie in memory as this problem's output does, and so are the results.
         """
         layout = "channels_last" if self.output.layout == "channels_last" else "contiguous"
 

@@ -6,8 +6,8 @@ Two levels of memory, both least-recently-used and of the same limit:
     caller   the arguments of a call as they came -> something that runs. One per thread; a hit does nothing but this
              look-up and the call.
 
-A choice starts as the stored record, or as an untuned plan that counts how often it is used and is exchanged for a tuned
-one at the sighting the policy names. When a plan fails while it runs, the next-ranked takes over (B23).
+A choice starts as the stored record, or as an untuned plan that counts how often it is used and is exchanged for a
+tuned one at the sighting the policy names. When a plan fails while it runs, the next-ranked takes over (B23).
 """
 
 from __future__ import annotations
@@ -103,6 +103,10 @@ class _Counts:
         self._rare = dict.fromkeys(COUNTERS, 0)
         self._hit_cells: list[list[int]] = []
 
+    def renew_lock(self) -> None:
+        """After a fork, in the child."""
+        self._lock = threading.Lock()
+
     def add(self, name: str) -> None:
         with self._lock:
             self._rare[name] += 1
@@ -144,7 +148,12 @@ class Local(threading.local):
         self.callers: LeastRecentlyUsed[Hashable, Callable[..., Any]] = LeastRecentlyUsed(cache_limit())
 
     def remember(self, key: Hashable, token: int, caller: Callable[..., Any]) -> None:
-        """Keep a caller; those of an earlier token (another policy, other engines) are dropped first."""
+        """Keep a caller; those of an earlier token (another policy, other engines) are dropped first.
+
+        While problems are captured nothing is kept, so that every call is seen.
+        """
+        if state.captures:
+            return
         if self.token != token or self.callers.limit != cache_limit():
             self.callers = LeastRecentlyUsed(cache_limit())
             self.token = token
@@ -206,6 +215,18 @@ class _Choices:
 
 _choices = _Choices()
 _store_lock = threading.Lock()
+
+
+def _start_afresh_in_child() -> None:
+    """A fork copies locks as they are, and the threads that would release them stay behind."""
+    global _choices, _store_lock
+    _choices, _store_lock = _Choices(), threading.Lock()
+    counts.renew_lock()
+    state.touch()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_start_afresh_in_child)
 _stores: dict[tuple[str | None, ...], ForgivingStore] = {}
 
 
@@ -258,9 +279,7 @@ def _is_due(choice: _Choice, policy: Policy) -> bool:
     return at is not None and choice.sightings >= at
 
 
-def _first_sight(
-    choice: _Choice, problem: Problem, policy: Policy, environment: _environment.Environment
-) -> None:
+def _first_sight(choice: _Choice, problem: Problem, policy: Policy, environment: _environment.Environment) -> None:
     stored = store().lookup(problem, policy, environment)
     if stored is not None and _still_builds(stored):
         counts.add("from_store")

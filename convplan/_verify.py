@@ -1,9 +1,10 @@
 """Is a candidate's output right? Compared in float64 with sums formed straight from the definition. No timing here.
 
-The reference gathers, for chosen outputs, every product that the definition sums and adds them up in float64: it shares no
-code and no method with any engine. Small problems are compared in full. In large ones a sample (corners and random
-places) is compared with the reference, and *every* element with the first candidate that passed: where two candidates
-disagree by more than both may err, the reference is evaluated at those very places and says which one is wrong.
+The reference gathers, for chosen outputs, every product that the definition sums and adds them up in float64: it
+shares no code and no method with any engine. Small problems are compared in full. In large ones a sample (corners and
+random places) is compared with the reference, and *every* element with the first candidate that passed: where two
+candidates disagree by more than both may err, the reference is evaluated at those very places and says which one is
+wrong.
 
 Tolerance follows the arithmetic, per output, n being the number of products summed:
 
@@ -248,7 +249,9 @@ class Verifier:
         if not error <= 1.0:
             place = self._place(worst, ratio, positions)
             value, wanted = float(found.flatten()[worst]), float(values.sums.flatten()[worst])
-            raise self._wrong(config, f"output{place} is {value:.6g}, the reference {wanted:.6g}: {error:.3g} x tolerance")
+            raise self._wrong(
+                config, f"output{place} is {value:.6g}, the reference {wanted:.6g}: {error:.3g} x tolerance"
+            )
         return error
 
     def _place(self, flat: int, like: torch.Tensor, positions: torch.Tensor | None = None) -> str:

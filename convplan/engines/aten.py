@@ -3,7 +3,7 @@
 Runs on every device torch has a convolution for, and is the last resort everywhere. Knobs:
 
     layout    run on the tensors as given, or converted (conversion included in its time)
-    path      torch's own choice (oneDNN on the CPU where it can), or the native im2col path with oneDNN off
+    path      torch's own choice (oneDNN on the CPU where it can), or its native im2col kernels, called by name
     via       which operation computes a dgrad: the backward kernel, a transposed convolution, or (stride 1) a forward
               convolution with the flipped filter
     compute   in the tensors' dtype, or in float32 for 16-bit ones
@@ -17,14 +17,15 @@ import functools
 import math
 from collections.abc import Callable, Sequence
 from enum import IntEnum
+from typing import Any
 
 import torch
 
-from convplan._environment import native_path, onednn_enabled
+from convplan._environment import onednn_enabled
 from convplan._errors import PlanRejected
 from convplan._policy import Effort, Policy
 from convplan._problem import DTYPES, Problem, TensorSpec
-from convplan.engines._support import TORCH_DTYPES, deliver, empty, memory_format
+from convplan.engines._support import deliver
 from convplan.engines.base import YES, Built, Candidate, EngineConfig, Run, Support, no
 
 
@@ -76,23 +77,16 @@ class AtenEngine:
 
     def configs(self, problem: Problem, effort: Effort) -> Sequence[Candidate]:
         """Torch's own choice first, then each knob turned."""
-        half = DTYPES[problem.dtype].itemsize_bytes == 2
-        computes = (Compute.OWN, Compute.FLOAT32) if half and problem.device == "cpu" else (Compute.OWN,)
         found = [
             self._candidate(problem, layout, Path.STOCK, via, compute)
-            for compute in computes
+            for compute in _computes(problem)
             for layout in _layouts(problem)
             for via in _vias(problem)
             if layout is Layout.AS_GIVEN or via is not Via.FLIPPED
         ]
-        if self._has_native_path(problem):
-            found.append(self._candidate(problem, Layout.AS_GIVEN, Path.NATIVE, Via.BACKWARD, Compute.OWN))
-        return found
-
-    def _has_native_path(self, problem: Problem) -> bool:
-        """Float32 on the CPU, unless the user turned oneDNN off: then torch's own choice is the native path."""
-        on_cpu = problem.device == "cpu" and problem.dtype == "float32"
-        return on_cpu and problem.flops <= _NATIVE_MOST_FLOPS and onednn_enabled()
+        worth_it = problem.flops <= _NATIVE_MOST_FLOPS and onednn_enabled()  # else torch's own choice is this path
+        native = _native_vias(problem) if worth_it else ()
+        return found + [self._candidate(problem, Layout.AS_GIVEN, Path.NATIVE, via, Compute.OWN) for via in native]
 
     def _candidate(self, problem: Problem, layout: Layout, path: Path, via: Via, compute: Compute) -> Candidate:
         knobs = {"layout": layout, "path": path, "compute": compute}
@@ -113,17 +107,18 @@ class AtenEngine:
         """
         try:
             layout, path = Layout(config.knob("layout")), Path(config.knob("path"))
-            via, compute = Via(config.knob("via")), Compute(config.knob("compute"))
+            via = Via(config.knob("via", _vias(problem)[0]))
+            compute = Compute(config.knob("compute"))
         except ValueError as exc:
             raise PlanRejected(engine=self.name, config=str(config), reason=str(exc)) from exc
-        if via is Via.FLIPPED and Via.FLIPPED not in _vias(problem):
-            raise PlanRejected(engine=self.name, config=str(config), reason="the flipped filter needs a stride-1 dgrad")
-        core = _CORES[problem.op](problem, policy, via)
-        run = core if layout is Layout.AS_GIVEN and compute is Compute.OWN else _converted(core, problem, layout, compute)
-        if path is Path.NATIVE:
-            run = _natively(run)
+        possible = _native_vias(problem) if path is Path.NATIVE else _vias(problem)
+        if via not in possible or (path is Path.NATIVE and layout is not Layout.AS_GIVEN):
+            raise PlanRejected(engine=self.name, config=str(config), reason="these knobs do not go together here")
+        core = _native(problem, via) if path is Path.NATIVE else _CORES[problem.op](problem, policy, via)
+        if layout is not Layout.AS_GIVEN or compute is not Compute.OWN:
+            core = _converted(core, problem, policy, layout, via, compute)
         workspace = _workspace_bytes(problem, layout, path, via, compute)
-        return Built(run=_delivered(run, problem.output), workspace_bytes=workspace)
+        return Built(run=_delivered(core, problem.output), workspace_bytes=workspace)
 
 
 Core = Callable[[torch.Tensor, torch.Tensor, "torch.Tensor | None"], torch.Tensor]
@@ -137,14 +132,46 @@ def _layouts(problem: Problem) -> list[Layout]:
     return [Layout.AS_GIVEN] + [layout for layout in others if given != {names[layout]}]
 
 
+def _computes(problem: Problem) -> tuple[Compute, ...]:
+    """Float32 as well for 16-bit types on the CPU, and float32 alone where oneDNN lacks the type.
+
+    Torch's own kernels then take over, which round sums to 16 bits in between and are 10 to 40 times slower.
+    """
+    if problem.device != "cpu" or DTYPES[problem.dtype].itemsize_bytes > 2:
+        return (Compute.OWN,)
+    return (Compute.OWN, Compute.FLOAT32) if _onednn_has(problem.dtype) else (Compute.FLOAT32,)
+
+
+@functools.lru_cache(maxsize=4)
+def _onednn_has(dtype: str) -> bool:
+    probe = {"bfloat16": "_is_mkldnn_bf16_supported", "float16": "_is_mkldnn_fp16_supported"}[dtype]
+    return bool(getattr(torch.ops.mkldnn, probe)())
+
+
 def _vias(problem: Problem) -> tuple[Via, ...]:
     if problem.op != "dgrad":
         return (Via.BACKWARD,)
     reach = [dil * (taps - 1) for dil, taps in zip(problem.dilation, problem.w.dims[2:], strict=True)]
     fits = all(max(pair) <= far for pair, far in zip(problem.padding, reach, strict=True))
-    if set(problem.stride) == {1} and fits:
-        return (Via.BACKWARD, Via.TRANSPOSED, Via.FLIPPED)
-    return (Via.BACKWARD, Via.TRANSPOSED)
+    flipped = (Via.FLIPPED,) if set(problem.stride) == {1} and fits else ()
+    if problem.epilogue.bias:  # the backward kernel adds none, and adding it afterwards rounds twice
+        return (Via.TRANSPOSED, *flipped)
+    return (Via.BACKWARD, Via.TRANSPOSED, *flipped)
+
+
+def _native_vias(problem: Problem) -> tuple[Via, ...]:
+    """The ways to torch's native CPU kernels for float32: those that can be called without turning oneDNN off.
+
+    Turning it off is a global switch, and would change what other threads compute. Float64 takes these kernels anyway,
+    and for 16-bit types they are hopeless.
+    """
+    symmetric = all(before == after for before, after in problem.padding)
+    if (problem.device, problem.dtype, problem.groups, symmetric) != ("cpu", "float32", 1, True):
+        return ()
+    plain = set(problem.dilation) == {1} and problem.spatial_rank < 3
+    if problem.op == "dgrad":
+        return (Via.TRANSPOSED, Via.BACKWARD) if plain and not problem.epilogue.bias else (Via.TRANSPOSED,)
+    return (Via.BACKWARD,) if problem.op == "fprop" or plain else ()
 
 
 def _workspace_bytes(problem: Problem, layout: Layout, path: Path, via: Via, compute: Compute) -> int:
@@ -178,19 +205,49 @@ def _delivered(run: Core, spec: TensorSpec) -> Run:
     return run_and_deliver
 
 
-def _natively(run: Core) -> Core:
-    def run_natively(first: torch.Tensor, second: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        with native_path.active():
-            return run(first, second, bias)
+def _native(problem: Problem, via: Via) -> Core:
+    """Torch's im2col kernels by name; 1-D problems with a unit dimension before the last, as torch does it."""
+    if problem.spatial_rank == 1:
+        lifted = _native(_lift(problem), via)
 
-    return run_natively
+        def run(first: torch.Tensor, second: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+            return lifted(first.unsqueeze(2), second.unsqueeze(2), bias).squeeze(2)
+
+        return run
+    taps, stride, dilation = list(problem.w.dims[2:]), list(problem.stride), list(problem.dilation)
+    padding, rank = [before for before, _ in problem.padding], problem.spatial_rank
+    native: Any = torch._C._nn
+    if problem.op == "fprop" and set(dilation) == {1}:
+        plain = native.thnn_conv2d if rank == 2 else native.slow_conv3d
+        return lambda x, w, bias: plain(x, w, taps, bias, stride, padding)
+    if problem.op == "fprop":
+        dilated = native.slow_conv_dilated2d if rank == 2 else native.slow_conv_dilated3d
+        return lambda x, w, bias: dilated(x, w, taps, bias, stride, padding, dilation)
+    if via is Via.TRANSPOSED:
+        transposed = native.slow_conv_transpose2d if rank == 2 else native.slow_conv_transpose3d
+        outer = _output_padding(problem, problem.x.dims, padding)
+        return lambda y, w, bias: transposed(y, w, taps, bias, stride, padding, outer, dilation)
+    backward = torch.ops.aten._slow_conv2d_backward.output_mask
+    if problem.op == "wgrad":
+        like = problem.w
+        return lambda x, y, bias: backward(
+            y, x, torch.empty(like.dims, dtype=x.dtype), taps, stride, padding, [False, True, False]
+        )[1]
+    dims = problem.x.dims
+
+    def run_backward(y: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        x = torch.empty(dims, dtype=y.dtype)  # only its sizes are read
+        result: torch.Tensor = backward(y, x, w, taps, stride, padding, [True, False, False])[0]
+        return result
+
+    return run_backward
 
 
-def _converted(core: Core, problem: Problem, layout: Layout, compute: Compute) -> Core:
+def _converted(core: Core, problem: Problem, policy: Policy, layout: Layout, via: Via, compute: Compute) -> Core:
     """Run in another layout or dtype; 1-D problems get a unit dimension where torch has no channels-last for them."""
     dtype = torch.float32 if compute is Compute.FLOAT32 else None
     if layout is Layout.CHANNELS_LAST and problem.spatial_rank == 1:
-        return _as_two_dimensional(problem, dtype)
+        return _as_two_dimensional(problem, policy, via, dtype)
     wanted = {
         Layout.AS_GIVEN: torch.preserve_format,
         Layout.CONTIGUOUS: torch.contiguous_format,
@@ -198,19 +255,18 @@ def _converted(core: Core, problem: Problem, layout: Layout, compute: Compute) -
     }[layout]
 
     def run(first: torch.Tensor, second: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        return core(
+        result = core(
             first.to(dtype=dtype or first.dtype, memory_format=wanted),
             second.to(dtype=dtype or second.dtype, memory_format=wanted),
             bias if bias is None or dtype is None else bias.to(dtype),
         )
+        return result if dtype is None else result.to(first.dtype)
 
     return run
 
 
-def _as_two_dimensional(problem: Problem, dtype: torch.dtype | None) -> Core:
-    lifted = _lift(problem)
-    # The policy only matters to cuDNN, and a 1-D problem on CUDA gains nothing from this layout's unit dimension.
-    core = _CORES[problem.op](lifted, Policy(deterministic=True, allow_tf32=False), Via.BACKWARD)
+def _as_two_dimensional(problem: Problem, policy: Policy, via: Via, dtype: torch.dtype | None) -> Core:
+    core = _CORES[problem.op](_lift(problem), policy, via)
 
     def run(first: torch.Tensor, second: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         result = core(
@@ -218,7 +274,7 @@ def _as_two_dimensional(problem: Problem, dtype: torch.dtype | None) -> Core:
             second.unsqueeze(2).to(dtype=dtype or second.dtype, memory_format=torch.channels_last),
             bias if bias is None or dtype is None else bias.to(dtype),
         )
-        return result.squeeze(2)
+        return result.squeeze(2) if dtype is None else result.squeeze(2).to(first.dtype)
 
     return run
 
@@ -308,12 +364,7 @@ def _dgrad(problem: Problem, policy: Policy, via: Via) -> Core:
     padding = _Padding(problem.padding)
     grown = padding.grown_dims(problem.x.dims)
     if via is Via.TRANSPOSED:
-        sizes = zip(grown[2:], problem.y.dims[2:], problem.w.dims[2:], strict=True)
-        window = zip(padding.symmetric, problem.stride, problem.dilation, strict=True)
-        outer = [
-            size - ((out - 1) * step - 2 * pad + dil * (taps - 1) + 1)
-            for (size, out, taps), (pad, step, dil) in zip(sizes, window, strict=True)
-        ]
+        outer = _output_padding(problem, grown, padding.symmetric)
         convolve = _convolve(problem, policy, padding.symmetric, transposed=True, output_padding=outer)
         return lambda y, w, bias: padding.crop(convolve(y, w, bias))
     backward = _backward(problem, policy, padding.symmetric, [True, False, False])
@@ -323,10 +374,19 @@ def _dgrad(problem: Problem, policy: Policy, via: Via) -> Core:
     def run(y: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         # The kernel reads the input's sizes and layout only: memory that is reserved and never touched.
         x = torch.empty_strided(like.dims, like.strides, dtype=y.dtype, device=y.device)
-        result = padding.crop(backward(y, x, w)[0])
-        return result if bias is None else result + bias.view(-1, *[1] * problem.spatial_rank)
+        return padding.crop(backward(y, x, w)[0])
 
     return run
+
+
+def _output_padding(problem: Problem, x_dims: Sequence[int], padding: Sequence[int]) -> list[int]:
+    """What a transposed convolution must add behind to give an x of these dims."""
+    sizes = zip(x_dims[2:], problem.y.dims[2:], problem.w.dims[2:], strict=True)
+    window = zip(padding, problem.stride, problem.dilation, strict=True)
+    return [
+        size - ((out - 1) * step - 2 * pad + dil * (taps - 1) + 1)
+        for (size, out, taps), (pad, step, dil) in zip(sizes, window, strict=True)
+    ]
 
 
 def _dgrad_flipped(problem: Problem, policy: Policy) -> Core:
@@ -403,5 +463,7 @@ def stock_backward(device: str) -> tuple[torch._C._SafeKernelFunction, torch._C.
 
 
 def _stock(name: str, device: str) -> tuple[torch._C._SafeKernelFunction, torch._C.DispatchKeySet]:
-    key = device.upper()
-    return torch.library.get_kernel(name, key), torch._C.DispatchKeySet(torch._C._parse_dispatch_key(key))
+    key = torch._C._parse_dispatch_key(device.upper())
+    if key is None:
+        raise AssertionError(f"convplan bug: torch has no dispatch key for device {device!r}")
+    return torch.library.get_kernel(name, device.upper()), torch._C.DispatchKeySet(key)

@@ -1,7 +1,7 @@
 """What an engine is: one small protocol, the data it speaks in, and the registry. It knows no engine by name.
 
-An engine answers three questions about a `Problem`: can it run it (`supports`), in which configurations (`configs`), and
-how (`build`). It proposes and builds; which candidate is allowed, right and fastest is the planner's business.
+An engine answers three questions about a `Problem`: can it run it (`supports`), in which configurations (`configs`),
+and how (`build`). It proposes and builds; which candidate is allowed, right and fastest is the planner's business.
 
 To add one: a class with the members of `Engine`, and either `convplan.register_engine(MyEngine())` or an entry point in
 the group `convplan.engines` that names the class. Nothing else changes.
@@ -148,11 +148,14 @@ class Engine(Protocol):
     name: str
     by_default: bool
 
-    def supports(self, problem: Problem) -> Support: ...
+    def supports(self, problem: Problem) -> Support:
+        """Whether it can run the problem in any configuration, or why not."""
 
-    def configs(self, problem: Problem, effort: Effort) -> Sequence[Candidate]: ...
+    def configs(self, problem: Problem, effort: Effort) -> Sequence[Candidate]:
+        """What it proposes for a problem it supports, best guess first."""
 
-    def build(self, problem: Problem, config: EngineConfig, policy: Policy) -> Built: ...
+    def build(self, problem: Problem, config: EngineConfig, policy: Policy) -> Built:
+        """Make one configuration runnable."""
 
 
 def normalize_name(name: str) -> str:

@@ -234,6 +234,8 @@ def _check_bias(bias: torch.Tensor | None, channels: int, dtype: str) -> None:
     if bias is None:
         return
     if tuple(bias.shape) != (channels,):
-        raise SpecError(f"bias.shape is {tuple(bias.shape)}, expected ({channels},), one number for each output channel")
+        raise SpecError(
+            f"bias.shape is {tuple(bias.shape)}, expected ({channels},), one number for each output channel"
+        )
     if DTYPE_NAMES.get(bias.dtype) != dtype:
         raise SpecError(f"bias is {bias.dtype}, expected torch.{dtype}, the input's dtype")

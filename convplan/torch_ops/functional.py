@@ -1,7 +1,8 @@
-"""`conv1d` … `conv_transpose3d`: torch's functional convolutions, planned, with a policy, `out=` and asymmetric padding.
+"""`conv1d` … `conv_transpose3d`: torch's functional convolutions, planned, with a policy, `out=` and asymmetric
+padding.
 
-They need no `enable()`. Gradients of every order go through convplan too: fprop, dgrad and wgrad are each linear in both
-inputs, and the gradient of each is made of the other two (`_Linear`).
+They need no `enable()`. Gradients of every order go through convplan too: fprop, dgrad and wgrad are each linear in
+both inputs, and the gradient of each is made of the other two (`_Linear`).
 """
 
 from __future__ import annotations
@@ -12,10 +13,13 @@ from typing import Any, Literal
 import torch
 
 from convplan import _runtime
-from convplan._errors import ConvPlanError, ReplayMiss, SpecError
-from convplan._policy import Policy
-from convplan._problem import Op, Problem, padding_pairs, per_dim
-from convplan._runtime import Runner, counts, local, state, warn_once
+from convplan._errors import ConvPlanError, SpecError
+from convplan._policy import Policy, torch_flags
+from convplan._problem import Epilogue, Op, Problem, TensorSpec, padding_pairs, per_dim
+from convplan._runtime import Runner, counts, local, state
+from convplan.engines._support import deliver, empty
+from convplan.engines.aten import AtenEngine
+from convplan.engines.base import EngineConfig, Run
 from convplan.torch_ops.adapter import (
     ALIGNMENT_BYTES,
     DTYPE_NAMES,
@@ -25,34 +29,11 @@ from convplan.torch_ops.adapter import (
     output_spec,
     spec_of,
 )
-from convplan.torch_ops.override import NO_GRADIENTS, live_flags
+from convplan.torch_ops.override import NO_GRADIENTS, live_flags, note_fallback
 
 Tensor = torch.Tensor
 Ints = int | Sequence[int]
 Padding = int | Literal["same", "valid"] | Sequence[int | Sequence[int]]
-
-_SHARED = """
-    Args:
-        input: (N, {in_c}, {spatial}), or without N.
-        weight: {weight}.
-        bias: ({out_c},), or None.
-        stride{outer}, dilation: a number, or one for each spatial dimension.
-        padding: {padding}
-        groups: divides the channels of input and output.
-        policy: the rules for this call; None: those of `enable()`, else the defaults.
-        out: a tensor of the result's shape and dtype to write into, with any strides; no gradient is recorded then.
-
-    Returns:
-        (N, {out_c}, {out}), channels-last when input or weight suggests it, as in torch.
-
-    Raises:
-        SpecError: arguments that do not fit together.
-        ReplayMiss: the policy says `mode="replay"` and the store lacks the problem.
-"""
-_PADDING = """a number, `"same"`, `"valid"`, or one entry for each spatial dimension, each a number or a
-            (before, after) pair; pairs cost no copy where the engine takes them."""
-_PADDING_TRANSPOSED = """a number, or one entry for each spatial dimension, each a number or a (before, after) pair:
-            how much is cut off the result."""
 
 
 def conv1d(
@@ -67,6 +48,7 @@ def conv1d(
     policy: Policy | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
+    """1-D convolution: input (N, C, L), weight (K, C/groups, R), result (N, K, P). All else as in `conv2d`."""
     return _convolution(1, input, weight, bias, stride, padding, dilation, False, 0, groups, policy, out)
 
 
@@ -82,6 +64,27 @@ def conv2d(
     policy: Policy | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
+    """2-D convolution as `torch.nn.functional.conv2d` computes it, run by the plan that convplan chose.
+
+    Args:
+        input: (N, C, H, W), or (C, H, W).
+        weight: (K, C/groups, R, S).
+        bias: (K,), or None.
+        stride, dilation: a number, or one for each spatial dimension.
+        padding: a number, `"same"`, `"valid"`, or one entry for each spatial dimension, each a number or a
+            (before, after) pair. Pairs cost no copy where the engine takes them.
+        groups: divides C and K.
+        policy: the rules for this call; None: those of `enable()`, else the defaults.
+        out: a tensor of the result's shape and dtype to write into, with any strides; not together with gradients.
+
+    Returns:
+        (N, K, P, Q), channels-last when input or weight suggests it, as in torch; `out` itself when given.
+
+    Raises:
+        SpecError: arguments that do not fit together.
+        ReplayMiss: the policy says `mode="replay"` and the store lacks the problem.
+        PolicyError: the policy names an engine that is not registered.
+    """
     return _convolution(2, input, weight, bias, stride, padding, dilation, False, 0, groups, policy, out)
 
 
@@ -97,6 +100,7 @@ def conv3d(
     policy: Policy | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
+    """3-D convolution: input (N, C, D, H, W), weight (K, C/groups, T, R, S), result (N, K, O, P, Q). See `conv2d`."""
     return _convolution(3, input, weight, bias, stride, padding, dilation, False, 0, groups, policy, out)
 
 
@@ -113,6 +117,7 @@ def conv_transpose1d(
     policy: Policy | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
+    """1-D transposed convolution: input (N, C, L), weight (C, K/groups, R). All else as in `conv_transpose2d`."""
     return _convolution(1, input, weight, bias, stride, padding, dilation, True, output_padding, groups, policy, out)
 
 
@@ -129,6 +134,24 @@ def conv_transpose2d(
     policy: Policy | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
+    """2-D transposed convolution as `torch.nn.functional.conv_transpose2d` computes it, planned as a dgrad.
+
+    Args:
+        input: (N, C, H, W), or (C, H, W).
+        weight: (C, K/groups, R, S).
+        bias: (K,), or None.
+        stride, dilation: a number, or one for each spatial dimension.
+        padding: a number, or one entry for each spatial dimension, each a number or a (before, after) pair: how much
+            is cut off the result on each side.
+        output_padding: rows added behind, less than the stride or the dilation.
+        groups, policy, out: as in `conv2d`.
+
+    Returns:
+        (N, K, P, Q) with P = (H - 1) * stride - before - after + dilation * (R - 1) + output_padding + 1.
+
+    Raises:
+        SpecError, ReplayMiss, PolicyError: as `conv2d`.
+    """
     return _convolution(2, input, weight, bias, stride, padding, dilation, True, output_padding, groups, policy, out)
 
 
@@ -145,28 +168,8 @@ def conv_transpose3d(
     policy: Policy | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
+    """3-D transposed convolution: input (N, C, D, H, W), weight (C, K/groups, T, R, S). See `conv_transpose2d`."""
     return _convolution(3, input, weight, bias, stride, padding, dilation, True, output_padding, groups, policy, out)
-
-
-for _rank, _spatial, _filter, _out in ((1, "L", "R", "P"), (2, "H, W", "R, S", "P, Q"), (3, "D, H, W", "T, R, S", "O, P, Q")):
-    globals()[f"conv{_rank}d"].__doc__ = (
-        f"{_rank}-D convolution, as `torch.nn.functional.conv{_rank}d`, run by the plan convplan chose.\n"
-        + _SHARED.format(
-            in_c="C", out_c="K", spatial=_spatial, out=_out, weight=f"(K, C/groups, {_filter})", outer="", padding=_PADDING
-        )
-    )
-    globals()[f"conv_transpose{_rank}d"].__doc__ = (
-        f"{_rank}-D transposed convolution, as `torch.nn.functional.conv_transpose{_rank}d`, planned as a dgrad.\n"
-        + _SHARED.format(
-            in_c="K",
-            out_c="C",
-            spatial=_out,
-            out=_spatial,
-            weight=f"(K, C/groups, {_filter})",
-            outer=", output_padding",
-            padding=_PADDING_TRANSPOSED,
-        )
-    )
 
 
 def _convolution(
@@ -183,19 +186,95 @@ def _convolution(
     policy: Policy | None,
     out: Tensor | None,
 ) -> Tensor:
+    """The hot path of these functions: a key of the arguments as they came, a look-up and a call.
+
+    What has to be worked out from the arguments is worked out once, in `_new_caller`.
+    """
+    token = state.token
+    graded = torch.is_grad_enabled() and (
+        input.requires_grad
+        or weight.requires_grad
+        or (bias is not None and bias.requires_grad)
+        or (out is not None and out.requires_grad)
+    )
+    key = (
+        token, spatial, transposed, input.shape, input.stride(), input.dtype,
+        weight.shape, weight.stride(), weight.dtype,
+        None if bias is None else (bias.shape, bias.dtype, bias.get_device()),
+        stride if type(stride) is int else _hashable(stride), padding if type(padding) is int else _hashable(padding),
+        dilation if type(dilation) is int else _hashable(dilation),
+        output_padding if type(output_padding) is int else _hashable(output_padding),
+        groups, policy, graded, input.get_device(), weight.get_device(),
+        ALIGNMENT_BYTES[input.data_ptr() & 31], ALIGNMENT_BYTES[weight.data_ptr() & 31], live_flags(),
+    )  # fmt: skip
+    caller = local.callers.get(key)
+    if caller is None:
+        args = (stride, padding, dilation, transposed, output_padding, groups)
+        caller = _new_caller(spatial, input, weight, bias, args, policy, graded)
+        local.remember(key, token, caller)
+    else:
+        local.callers.move_to_end(key)
+        local.hits[0] += 1
+    return caller(input, weight, bias, out)
+
+
+def _hashable(value: object) -> object:
+    """Lists inside lists as tuples; anything else as it is, for `_arguments` to judge."""
+    return tuple(map(_hashable, value)) if isinstance(value, (list, tuple)) else value
+
+
+Arguments = tuple[Ints, Padding, Ints, bool, Ints, int]
+
+
+def _new_caller(
+    spatial: int,
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    raw: Arguments,
+    policy: Policy | None,
+    graded: bool,
+) -> Run:
+    """Work out what a call with these arguments does from now on."""
     unbatched = input.dim() == spatial + 1
     if input.dim() not in (spatial + 1, spatial + 2) or weight.dim() != spatial + 2:
         raise SpecError(
             f"input has {input.dim()} dimensions and weight {weight.dim()}, expected {spatial + 2} each "
             f"(or {spatial + 1} for an input without batch): input {tuple(input.shape)}, weight {tuple(weight.shape)}"
         )
+    args = _arguments(spatial, weight, *raw)
     x = input.unsqueeze(0) if unbatched else input
-    args = _arguments(spatial, weight, stride, padding, dilation, transposed, output_padding, groups)
-    if out is not None and unbatched:
-        _run(x, weight, bias, args, policy, out.unsqueeze(0))
-        return out
-    result = _run(x, weight, bias, args, policy, out)
-    return result.squeeze(0) if unbatched else result
+    problem = forward_problem(x, weight, bias, args)
+    run = _differentiable(problem, args, policy) if graded else _checked(_Caller.of(problem, policy), problem, x.device)
+    return _without_batch(run) if unbatched else run
+
+
+def _without_batch(run: Run) -> Run:
+    def run_one(input: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor | None) -> Tensor:
+        result = run(input.unsqueeze(0), weight, bias, None if out is None else out.unsqueeze(0))
+        return result.squeeze(0) if out is None else out
+
+    return run_one
+
+
+def _checked(caller: _Caller, problem: Problem, device: torch.device) -> Run:
+    """Look at `out`, which is no part of the key, before anything is written."""
+
+    def run(input: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor | None) -> Tensor:
+        if out is not None:
+            _check_out(out, problem.output, device)
+        return caller(input, weight, bias, out)
+
+    return run
+
+
+def _check_out(out: Tensor, spec: TensorSpec, device: torch.device) -> None:
+    if tuple(out.shape) != spec.dims or DTYPE_NAMES.get(out.dtype) != spec.dtype or out.device != device:
+        found, expected = (
+            f"{tuple(out.shape)} {out.dtype} on {out.device}",
+            f"{spec.dims} torch.{spec.dtype} on {device}",
+        )
+        raise SpecError(f"out is {found}, expected {expected}")
 
 
 def _arguments(
@@ -217,7 +296,8 @@ def _arguments(
         raise SpecError(f"groups is {groups!r}, expected an integer >= 1")
     for extra, step, dil in zip(outer, steps, dilations, strict=True):
         if not 0 <= extra < max(step, dil) and transposed:
-            raise SpecError(f"output_padding is {outer}, expected 0 <= value < max(stride, dilation) = {max(step, dil)}")
+            limit = max(step, dil)
+            raise SpecError(f"output_padding is {outer}, expected 0 <= value < max(stride, dilation) = {limit}")
     pads = _pads(padding, weight.shape[2:], steps, dilations, transposed)
     return ConvArgs(steps, pads, dilations, transposed, outer, groups)
 
@@ -239,40 +319,6 @@ def _pads(
     return tuple((both // 2, both - both // 2) for both in total)
 
 
-def _run(
-    x: Tensor, w: Tensor, bias: Tensor | None, args: ConvArgs, policy: Policy | None, out: Tensor | None
-) -> Tensor:
-    wants_gradient = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, w, bias))
-    if out is None and wants_gradient:
-        return _differentiable(x, w, bias, args, policy)
-    if out is not None and wants_gradient:
-        raise SpecError("out= is given and a tensor requires a gradient; expected out=None, or torch.no_grad()")
-    with torch.no_grad():
-        return _forward(x, w, bias, args, policy, out)
-
-
-def _forward(
-    x: Tensor, w: Tensor, bias: Tensor | None, args: ConvArgs, policy: Policy | None, out: Tensor | None
-) -> Tensor:
-    """Without gradient: the hot path of these functions."""
-    token = state.token
-    key = (
-        token, "functional", x.shape, x.stride(), x.dtype, w.shape, w.stride(), w.dtype,
-        None if bias is None else (bias.shape, bias.dtype), args, policy, x.get_device(), w.get_device(),
-        ALIGNMENT_BYTES[x.data_ptr() & 31], ALIGNMENT_BYTES[w.data_ptr() & 31], live_flags(),
-    )  # fmt: skip
-    caller = local.callers.get(key)
-    if caller is None:
-        caller = _new_caller(forward_problem(x, w, bias, args), policy)
-        local.remember(key, token, caller)
-    else:
-        local.callers.move_to_end(key)
-        local.hits[0] += 1
-    if out is not None:
-        caller.check_out(out, x)
-    return caller(x, w, bias, out)
-
-
 class _Caller:
     """Runs one problem whatever happens: by its plan, or by stock torch where there is none, or as nothing at all."""
 
@@ -280,28 +326,30 @@ class _Caller:
         self._problem = problem
         self._runner = runner
 
-    def check_out(self, out: Tensor, like: Tensor) -> None:
-        spec = self._problem.output
-        if tuple(out.shape) != spec.dims or DTYPE_NAMES.get(out.dtype) != spec.dtype or out.device != like.device:
-            raise SpecError(
-                f"out is {tuple(out.shape)} {out.dtype} on {out.device}, "
-                f"expected {spec.dims} torch.{spec.dtype} on {like.device}"
-            )
+    @classmethod
+    def of(cls, problem: Problem, policy: Policy | None, gradients: tuple[bool, bool] = NO_GRADIENTS) -> _Caller:
+        """Plan the problem. A miss in replay mode is raised; any other failure to plan leaves it to stock torch."""
+        counts.add("misses")
+        wanted = _runtime.check_policy(state.policy if policy is None else policy)
+        if problem.is_empty:
+            return cls(problem, None)
+        for observe in state.captures:
+            observe(problem, gradients)
+        try:
+            return cls(problem, Runner(problem, wanted))
+        except ConvPlanError as exc:
+            note_fallback(exc)
+            return cls(problem, None)
 
     def __call__(self, first: Tensor, second: Tensor, bias: Tensor | None, out: Tensor | None) -> Tensor:
         if self._runner is not None:
             try:
                 return self._runner(first, second, bias, out)
-            except ReplayMiss:
-                raise
             except ConvPlanError as exc:
-                counts.add("fell_back")
-                warn_once(f"stock torch runs this convolution: {exc}")
+                note_fallback(exc)
         return self._without_plan(first, second, bias, out)
 
     def _without_plan(self, first: Tensor, second: Tensor, bias: Tensor | None, out: Tensor | None) -> Tensor:
-        from convplan.engines._support import deliver, empty
-
         problem = self._problem
         if not problem.is_empty:
             return last_resort(problem)(first, second, bias, out)
@@ -311,29 +359,10 @@ class _Caller:
         return deliver(result, problem.output, out)
 
 
-def last_resort(problem: Problem) -> Any:
+def last_resort(problem: Problem) -> Run:
     """Stock torch's kernel for a problem, as a function like a built candidate's."""
-    from convplan.engines.aten import AtenEngine
-    from convplan.engines.base import EngineConfig
-
-    return AtenEngine().build(problem, EngineConfig("aten"), Policy().resolve()).run
-
-
-def _new_caller(problem: Problem, policy: Policy | None, gradients: tuple[bool, bool] = NO_GRADIENTS) -> _Caller:
-    counts.add("misses")
-    wanted = _runtime.check_policy(state.policy if policy is None else policy)
-    if problem.is_empty:
-        return _Caller(problem, None)
-    for observe in state.captures:
-        observe(problem, gradients)
-    try:
-        return _Caller(problem, Runner(problem, wanted))
-    except ReplayMiss:
-        raise
-    except ConvPlanError as exc:
-        counts.add("fell_back")
-        warn_once(f"stock torch runs this convolution: {exc}")
-        return _Caller(problem, None)
+    policy = Policy(deterministic=torch.are_deterministic_algorithms_enabled(), allow_tf32=torch_flags().allow_tf32)
+    return AtenEngine().build(problem, EngineConfig("aten"), policy).run
 
 
 class _Geometry:
@@ -360,16 +389,14 @@ class _Geometry:
         )  # fmt: skip
         caller = local.callers.get(key)
         if caller is None:
-            caller = _new_caller(self._problem(op, first, second, bias), self.policy, gradients)
+            caller = _Caller.of(self._problem(op, first, second, bias), self.policy, gradients)
             local.remember(key, token, caller)
         else:
             local.callers.move_to_end(key)
             local.hits[0] += 1
-        return caller(first, second, bias, None)  # type: ignore[no-any-return]
+        return caller(first, second, bias, None)
 
     def _problem(self, op: Op, first: Tensor, second: Tensor, bias: Tensor | None) -> Problem:
-        from convplan._problem import Epilogue
-
         check_same_place(first, second, bias)
         given = {"fprop": ("x", "w"), "dgrad": ("y", "w"), "wgrad": ("x", "y")}[op]
         written = {"fprop": "y", "dgrad": "x", "wgrad": "w"}[op]
@@ -396,9 +423,7 @@ class _Linear(torch.autograd.Function):
     """One of the three operations, with gradients made of the other two, to any order."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
-        ctx: Any, op: Op, first: Tensor, second: Tensor, bias: Tensor | None, geometry: _Geometry
-    ) -> Tensor:
+    def forward(ctx: Any, op: Op, first: Tensor, second: Tensor, bias: Tensor | None, geometry: _Geometry) -> Tensor:
         ctx.save_for_backward(first, second)
         ctx.op, ctx.geometry, ctx.has_bias = op, geometry, bias is not None
         # Only the user's own call is a forward whose gradients may follow; wgrad never is.
@@ -431,9 +456,13 @@ class _Linear(torch.autograd.Function):
         return None, to_first, to_second, grad.sum(over) if ctx.has_bias and need_bias else None, None
 
 
-def _differentiable(x: Tensor, w: Tensor, bias: Tensor | None, args: ConvArgs, policy: Policy | None) -> Tensor:
-    problem = forward_problem(x, w, bias, args)
-    geometry = _Geometry(problem, args, policy)
-    result: Tensor = _Linear.apply(problem.op, x, w, bias, geometry)  # type: ignore[no-untyped-call]
-    return result
+def _differentiable(problem: Problem, args: ConvArgs, policy: Policy | None) -> Run:
+    geometry, op = _Geometry(problem, args, policy), problem.op
 
+    def run(input: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor | None) -> Tensor:
+        if out is not None:
+            raise SpecError("out= is given and a tensor requires a gradient; expected out=None, or torch.no_grad()")
+        result: Tensor = _Linear.apply(op, input, weight, bias, geometry)  # type: ignore[no-untyped-call]
+        return result
+
+    return run

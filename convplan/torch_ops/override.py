@@ -1,8 +1,8 @@
 """`enable()` and `disable()`: putting convplan behind torch's own convolutions, in code nobody changed.
 
-Torch's dispatcher entries of `aten::convolution` and `aten::convolution_backward` are replaced for the CPU and CUDA keys.
-Autograd, autocast and functorch stay torch's own, above these entries. What convplan does not plan for (other dtypes,
-empty tensors, arguments with an error in them) goes to the kernel that was there before, with its errors.
+Torch's dispatcher entries of `aten::convolution` and `aten::convolution_backward` are replaced for the CPU and CUDA
+keys. Autograd, autocast and functorch stay torch's own, above these entries. What convplan does not plan for (other
+dtypes, empty tensors, arguments with an error in them) goes to the kernel that was there before, with its errors.
 
 The hot path is `_forward` and `_backward` up to the look-up: a key, a look-up and a call.
 """
@@ -17,7 +17,6 @@ from contextlib import contextmanager
 import torch
 
 from convplan import _runtime
-from convplan._environment import native_path
 from convplan._errors import ConvPlanError, ReplayMiss, SpecError
 from convplan._policy import Policy
 from convplan._problem import Problem
@@ -45,7 +44,7 @@ _cudnn_deterministic = torch._C._get_cudnn_deterministic
 _fp32_precision: Callable[[str, str], str] = getattr(
     torch._C, "_get_fp32_precision_getter", lambda backend, op: str(torch._C._get_cudnn_allow_tf32())
 )
-_onednn_enabled = native_path.user_setting
+_onednn_enabled = torch._C._get_mkldnn_enabled
 
 
 def live_flags() -> tuple[object, ...]:
@@ -89,7 +88,7 @@ def _forward(
         args = (list(stride), list(padding), list(dilation), transposed, list(output_padding), groups)
         caller = _new_forward(x, w, bias, args)
         mine.remember(key, token, caller)
-    return caller(x, w, bias)  # type: ignore[no-any-return]
+    return caller(x, w, bias)
 
 
 def _backward(
@@ -123,7 +122,7 @@ def _backward(
         args = (list(stride), list(padding), list(dilation), transposed, list(output_padding), groups)
         caller = _new_backward(dy, x, w, bias_sizes, args, list(output_mask))
         mine.remember(key, token, caller)
-    return caller(dy, x, w)  # type: ignore[no-any-return]
+    return caller(dy, x, w)
 
 
 RawArgs = tuple[list[int], list[int], list[int], bool, list[int], int]
@@ -148,7 +147,7 @@ def _new_forward(x: Tensor, w: Tensor, bias: Tensor | None, raw: RawArgs) -> For
         try:
             return run(x, w, bias, None)
         except ConvPlanError as exc:
-            _to_stock(exc)
+            note_fallback(exc)
             return stock(x, w, bias)
 
     return forward
@@ -188,7 +187,7 @@ def _new_backward(
             if for_weight is not None:
                 dw = for_weight(dy, x, None, None) if swapped else for_weight(x, dy, None, None)
         except ConvPlanError as exc:
-            _to_stock(exc)
+            note_fallback(exc)
             return stock(dy, x, w, mask)
         if left[0] or left[1]:
             rest = stock(dy, x, w, left)
@@ -216,7 +215,7 @@ def _planned(
     try:
         return Runner(problem, state.policy)
     except ConvPlanError as exc:
-        _to_stock(exc)
+        note_fallback(exc)
     except Exception as exc:  # a bug of convplan's must not take the user's convolution down with it
         log.exception("planning failed for %s", problem)
         counts.add("fell_back")
@@ -224,8 +223,8 @@ def _planned(
     return None
 
 
-def _to_stock(exc: ConvPlanError) -> None:
-    """Let stock torch do it, with one warning; but a miss in replay mode is what the user asked to be told."""
+def note_fallback(exc: ConvPlanError) -> None:
+    """Say once that stock torch steps in; but a miss in replay mode is raised: the user asked to be told."""
     if isinstance(exc, ReplayMiss):
         raise exc
     counts.add("fell_back")
@@ -309,8 +308,6 @@ def capturing(observe: Observe) -> Iterator[None]:
     """Call `observe` with the problem of every convolution that runs in the block, enabled or not, in all threads.
 
     Its second argument says whether autograd may later ask for the gradients of the input and of the weight.
-
-    Each is seen once for each thread and each new shape: a caller that is already cached does not ask again.
     """
     with _lock:
         state.captures = (*state.captures, observe)

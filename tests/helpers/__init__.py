@@ -1,0 +1,1 @@
+"""What several test modules share: named cases, the float64 oracle, the table of refusals, hand-made plan records."""
