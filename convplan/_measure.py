@@ -124,6 +124,8 @@ class _Race:
                     running.remove(contestant)
                 else:
                     self._samples.setdefault(contestant.config, {})[round_number] = sample
+            if not running:
+                break
             if round_number == 0:
                 running = self._cut_off_again(running)
             elif round_number + 1 >= MIN_ROUNDS:

@@ -1,0 +1,239 @@
+"""The commands and their options. What a command does is elsewhere and loads when it runs, so that help is quick."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from convplan import __version__
+from convplan.cli.arguments import byte_count
+from convplan.cli.output import Result, command
+
+app = typer.Typer(
+    help="Find, prove, remember and explain the fastest engine for each PyTorch convolution.",
+    epilog="Exit codes: 0 done, 1 failed or the answer is no, 2 wrong usage.",
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+InputFile = Annotated[Path, typer.Argument(exists=True, dir_okay=False, readable=True, metavar="FILE")]
+ProblemFileOption = typer.Option(
+    "--problems", exists=True, dir_okay=False, readable=True, metavar="FILE.json", help="A problem file."
+)
+
+# Which stored plans.
+KeyPrefix = Annotated[str, typer.Option("--key", metavar="PREFIX", help="Only plans whose key begins like this.")]
+EngineName = Annotated[str | None, typer.Option("--engine", metavar="NAME", help="Only plans that chose this engine.")]
+DeviceName = Annotated[str | None, typer.Option("--device", metavar="TYPE", help="Only plans for this device type.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would happen, change nothing.")]
+
+# The policy.
+Deterministic = Annotated[
+    bool | None, typer.Option("--deterministic/--no-deterministic", help="Default: as torch's own flags say.")
+]
+Engines = Annotated[
+    str | None, typer.Option("--engines", metavar="A,B", help="The engines to use, in order of preference.")
+]
+BudgetSeconds = Annotated[
+    float | None, typer.Option("--budget-s", metavar="SECONDS", help="For racing one problem's candidates.")
+]
+WorkspaceLimit = Annotated[
+    int | None,
+    typer.Option("--workspace-limit", parser=byte_count, metavar="BYTES", help="Scratch memory, such as 0 or 64MiB."),
+]
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"convplan {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def convplan(
+    version: Annotated[bool, typer.Option("--version", is_eager=True, callback=_version, help="Print it.")] = False,
+) -> None:
+    """Find, prove, remember and explain the fastest engine for each PyTorch convolution."""
+
+
+@app.command()
+@command
+def doctor(as_json: AsJson = False) -> Result:
+    """Say what was found, what is missing, and how to fix it. Works when torch is broken."""
+    from convplan.cli import doctor
+
+    return doctor.doctor()
+
+
+@app.command()
+@command
+def demo(
+    workloads: Annotated[list[str] | None, typer.Argument(metavar="[resnet] [convnext] [reverb]")] = None,
+    budget_s: Annotated[float, typer.Option("--budget-s", min=0.01, help="For racing one problem's candidates.")] = 0.4,
+    as_json: AsJson = False,
+) -> Result:
+    """Run a photograph through two image models and an echo over a tune, stock torch beside convplan."""
+    from convplan.cli import planning
+    from convplan.cli.demo import WORKLOADS
+
+    unknown = [name for name in workloads or () if name not in WORKLOADS]
+    if unknown:
+        raise typer.BadParameter(f"found {', '.join(unknown)}, expected any of {', '.join(WORKLOADS)}")
+    return planning.demo(tuple(workloads or WORKLOADS), budget_s=budget_s)
+
+
+@app.command()
+@command
+def tune(
+    target: Annotated[
+        str | None, typer.Argument(metavar="[FILE.py:callable]", help="Called once; what it runs is planned.")
+    ] = None,
+    problems: Annotated[Path | None, ProblemFileOption] = None,
+    deterministic: Deterministic = None,
+    engines: Engines = None,
+    budget_s: BudgetSeconds = None,
+    workspace_limit: WorkspaceLimit = None,
+    force: Annotated[bool, typer.Option("--force", help="Measure again what is stored already.")] = False,
+    as_json: AsJson = False,
+) -> Result:
+    """Plan the convolutions that a callable runs, gradients included, or those of a problem file."""
+    from convplan._problem_files import read_problems
+    from convplan.cli import planning
+    from convplan.cli.arguments import load_callable, make_policy
+
+    if (target is None) == (problems is None):
+        raise typer.BadParameter("expected either FILE.py:callable or --problems FILE.json")
+    policy = make_policy(
+        deterministic=deterministic,
+        engines=engines,
+        budget_s=budget_s,
+        workspace_limit_bytes=workspace_limit,
+    )
+    if problems is not None:
+        return planning.tune(read_problems(problems), policy, force=force)
+    assert target is not None
+    return planning.tune(load_callable(target), policy, force=force)
+
+
+@app.command()
+@command
+def bench(
+    problems: Annotated[Path, ProblemFileOption],
+    seconds: Annotated[float, typer.Option(min=0, help="Time both sides of a problem for this long.")] = 2.0,
+    rounds: Annotated[
+        int | None, typer.Option(min=1, help="Instead of --seconds: so many samples of each side.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(dir_okay=False, metavar="FILE", help="Write raw samples as JSON.")] = None,
+    deterministic: Deterministic = None,
+    engines: Engines = None,
+    budget_s: BudgetSeconds = None,
+    workspace_limit: WorkspaceLimit = None,
+    as_json: AsJson = False,
+) -> Result:
+    """Time each problem of a file against stock torch, in shuffled rounds, planning it first where needed."""
+    from convplan._problem_files import read_problems
+    from convplan.cli import planning
+    from convplan.cli.arguments import make_policy
+
+    policy = make_policy(
+        deterministic=deterministic,
+        engines=engines,
+        budget_s=budget_s,
+        workspace_limit_bytes=workspace_limit,
+    )
+    return planning.bench(read_problems(problems), policy, seconds=seconds, rounds=rounds, out=out)
+
+
+@app.command("list")
+@command
+def list_(key: KeyPrefix = "", engine: EngineName = None, device: DeviceName = None, as_json: AsJson = False) -> Result:
+    """Show the stored plans."""
+    from convplan.cli import stored
+
+    return stored.list_plans(key_prefix=key, engine=engine, device=device)
+
+
+@app.command()
+@command
+def explain(
+    key: Annotated[str, typer.Argument(metavar="KEY", help="A plan's key, or how it begins.")], as_json: AsJson = False
+) -> Result:
+    """Show a stored plan with every candidate's time, or the reason why it was rejected."""
+    from convplan.cli import stored
+
+    return stored.explain(key)
+
+
+@app.command()
+@command
+def verify(
+    key: KeyPrefix = "",
+    engine: EngineName = None,
+    every_rank: Annotated[bool, typer.Option("--every-rank", help="Also the plans behind the chosen ones.")] = False,
+    as_json: AsJson = False,
+) -> Result:
+    """Run the stored plans of this environment again and compare them with the float64 reference."""
+    from convplan.cli import stored
+
+    return stored.verify(key_prefix=key, engine=engine, every_rank=every_rank)
+
+
+@app.command()
+@command
+def export(
+    file: Annotated[Path, typer.Argument(dir_okay=False, metavar="FILE")],
+    key: KeyPrefix = "",
+    engine: EngineName = None,
+    device: DeviceName = None,
+    as_json: AsJson = False,
+) -> Result:
+    """Write stored plans to a JSON file."""
+    from convplan.cli import stored
+
+    return stored.export(file, key_prefix=key, engine=engine, device=device)
+
+
+@app.command("import")
+@command
+def import_(file: InputFile, dry_run: DryRun = False, as_json: AsJson = False) -> Result:
+    """Take the plans of a JSON file into the store."""
+    from convplan.cli import stored
+
+    return stored.import_(file, dry_run=dry_run)
+
+
+@app.command()
+@command
+def check(as_json: AsJson = False) -> Result:
+    """Look at every stored plan and at the store itself, changing nothing."""
+    from convplan.cli import stored
+
+    return stored.check()
+
+
+@app.command()
+@command
+def clear(
+    key: KeyPrefix = "",
+    engine: EngineName = None,
+    device: DeviceName = None,
+    other_environments: Annotated[
+        bool, typer.Option("--other-environments", help="Only plans of other machines, versions or thread counts.")
+    ] = False,
+    dry_run: DryRun = False,
+    yes: Annotated[bool, typer.Option("--yes", help="Really delete.")] = False,
+    as_json: AsJson = False,
+) -> Result:
+    """Delete stored plans: those that all given options name, or every one."""
+    from convplan.cli import stored
+
+    if dry_run == yes:
+        raise typer.BadParameter("expected either --dry-run, to look first, or --yes, to delete")
+    return stored.clear(
+        key_prefix=key, engine=engine, device=device, other_environments=other_environments, dry_run=dry_run
+    )
