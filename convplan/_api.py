@@ -162,9 +162,8 @@ def tune(
     """Plan many problems now, measured, whatever `tune_after` and `effort` say, and store the plans.
 
     Args:
-        problems: problems, or a callable, which is called once under `capture()`. Its gradients count too: those that
-        it
-            computes itself, else those that its result could be differentiated by.
+        problems: problems, or a callable, which is called once under `capture()`. Its gradients count too:
+            those that it computes itself, else those that its result could be differentiated by.
         args: passed to the callable.
         policy: the rules; None: those of `enable()`, else the defaults.
         force: measure again what is stored already.
@@ -193,6 +192,8 @@ def tune(
 def _collect(problems: Iterable[Problem] | Problem | Callable[..., object], args: tuple[object, ...]) -> list[Problem]:
     if isinstance(problems, Problem):
         return [problems]
+    if not callable(problems) and not isinstance(problems, Iterable):
+        raise SpecError(f"problems is {problems!r}, expected problems or a callable that runs convolutions")
     if not callable(problems):
         return list(dict.fromkeys(_checked(one) for one in problems))
     with capture() as seen:

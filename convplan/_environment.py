@@ -155,6 +155,21 @@ def cpu_model() -> str:
     return name + (f" ({'/'.join(numbers)})" if numbers else "") + (f" limited to {isa}" if isa else "")
 
 
+def onednn_computes(dtype: str) -> bool:
+    """Whether torch's CPU convolutions of a dtype run on oneDNN, as things are set now and on this processor."""
+    return onednn_enabled() and _onednn_has(dtype)
+
+
+@functools.lru_cache(maxsize=8)
+def _onednn_has(dtype: str) -> bool:
+    import torch
+
+    probes = {"bfloat16": "_is_mkldnn_bf16_supported", "float16": "_is_mkldnn_fp16_supported"}
+    if dtype in probes:
+        return bool(getattr(torch.ops.mkldnn, probes[dtype])())
+    return dtype == "float32"
+
+
 def onednn_enabled() -> bool:
     """Whether torch may use oneDNN on the CPU."""
     import torch

@@ -171,7 +171,8 @@ class _Race:
             if time_us <= CUTOFF * best_us:
                 kept.append(contestant)
             else:
-                reason = f"cut off: {time_us:.1f} us, {time_us / best_us:.1f} x the best"
+                times = f", {time_us / best_us:.1f} x the best" if best_us > 0 else ""
+                reason = f"cut off: {time_us:.1f} us{times}"
                 self._slower.append(Slower(contestant.config, reason))
         return kept
 

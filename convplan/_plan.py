@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -33,7 +34,8 @@ class Evidence(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
         error: largest difference from the float64 reference over what the arithmetic allows; 1 is the limit.
         verified: how the output was checked: `full`, `sample` (some outputs against the reference, all against the
             other candidates), or `no`.
-        rejected: the stage that dropped it (`filter`, `build`, `verify`, `measure`), empty for a usable one.
+        rejected: the stage that dropped it (`enumerate`, `filter`, `build`, `verify`, `measure`, or `run` for one that
+            failed later), empty for a usable one.
         reason: why.
     """
 
@@ -168,16 +170,19 @@ class Plan:
             ExecutionFailed: the engine failed; it carries the reason.
         """
         first_spec, second_spec = self.problem.inputs
-        _check_tensor("first input", first, first_spec)
-        _check_tensor("second input", second, second_spec)
+        _check_tensor("first input", first, first_spec, self.problem.device)
+        _check_tensor("second input", second, second_spec, self.problem.device)
         if bias is not None or self.problem.epilogue.bias:
             self._check_bias(bias)
         if out is not None:
-            _check_tensor("out", out, self.problem.output, any_strides=True)
+            check_distinct(out)
+            _check_tensor("out", out, self.problem.output, self.problem.device, any_strides=True)
         import torch
 
         try:
-            with torch.no_grad():
+            with torch.no_grad(), torch.autocast(first.device.type, enabled=False):
+                if out is not None and shares_memory(out, (first, second, bias)):
+                    return out.copy_(self.unchecked_run(first, second, bias, None))
                 return self.unchecked_run(first, second, bias, out)
         except RuntimeError as exc:
             raise ExecutionFailed(plan=f"{self.problem}", tried=[(str(self.config), str(exc))]) from exc
@@ -198,11 +203,29 @@ class Plan:
         return f"Plan({self.config}, {self.problem})"
 
 
+def shares_memory(out: torch.Tensor, inputs: Sequence[torch.Tensor | None]) -> bool:
+    """Whether writing to `out` could change an input while it is still read."""
+    mine = out.untyped_storage().data_ptr()
+    return any(tensor is not None and tensor.untyped_storage().data_ptr() == mine for tensor in inputs)
+
+
+def check_distinct(out: torch.Tensor) -> None:
+    """Refuse an `out` whose elements share memory, as an expanded tensor's do.
+
+    Raises:
+        SpecError: it does.
+    """
+    if any(size > 1 and stride == 0 for size, stride in zip(out.shape, out.stride(), strict=True)):
+        raise SpecError(f"out has strides {out.stride()}, expected a place in memory for each element; use .clone()")
+
+
 def _dtype_name(tensor: torch.Tensor) -> str:
     return str(tensor.dtype).removeprefix("torch.")
 
 
-def _check_tensor(what: str, tensor: torch.Tensor, spec: TensorSpec, *, any_strides: bool = False) -> None:
+def _check_tensor(what: str, tensor: torch.Tensor, spec: TensorSpec, device: str, *, any_strides: bool = False) -> None:
+    if tensor.device.type != device:
+        raise SpecError(f"{what} is on {tensor.device}, expected device type {device!r}")
     dims = tuple(tensor.shape)
     if dims != spec.dims or _dtype_name(tensor) != spec.dtype:
         raise SpecError(f"{what} is {dims} {_dtype_name(tensor)}, expected {spec.dims} {spec.dtype}")

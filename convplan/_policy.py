@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Literal
 
 import msgspec
@@ -49,7 +50,7 @@ class Policy(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
 
     def __post_init__(self) -> None:
         for name in ("deterministic", "allow_tf32"):
-            if getattr(self, name) not in (None, True, False):
+            if not any(getattr(self, name) is known for known in (None, True, False)):
                 raise PolicyError(f"{name} is {getattr(self, name)!r}, expected True, False or None")
         self._check_choice("effort", EFFORTS)
         self._check_choice("mode", ("auto", "replay"))
@@ -83,7 +84,8 @@ class Policy(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
         value = getattr(self, name)
         if value is None:
             return
-        if isinstance(value, str) or not all(isinstance(item, str) and item.strip() for item in value):
+        listed = isinstance(value, Sequence) and not isinstance(value, str)
+        if not listed or not all(isinstance(item, str) and item.strip() for item in value):
             raise PolicyError(f"{name} is {value!r}, expected a sequence of names")
         fold = str.lower if name == "engines" else str.upper
         names = tuple(fold(item.strip()) for item in value)

@@ -95,6 +95,8 @@ class TensorSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, cache_
     alignment_bytes: int = MAX_ALIGNMENT_BYTES
 
     def __post_init__(self) -> None:
+        for name in ("dims", "strides"):  # torch.Size and lists become tuples: equal tensors have equal keys
+            msgspec.structs.force_setattr(self, name, _integers(name, getattr(self, name)))
         if not 3 <= len(self.dims) <= 5:
             raise SpecError(f"tensor dims are {self.dims}: found {len(self.dims)}, expected 3, 4 or 5 (N, C, spatial)")
         if len(self.strides) != len(self.dims):
@@ -194,6 +196,9 @@ class Problem(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
     device: str = "cpu"
 
     def __post_init__(self) -> None:
+        for name in ("stride", "dilation"):
+            msgspec.structs.force_setattr(self, name, _integers(name, getattr(self, name)))
+        msgspec.structs.force_setattr(self, "padding", tuple(_integers("padding", pair) for pair in self.padding))
         if self.op not in OPS:
             raise SpecError(f"op is {self.op!r}, expected one of {', '.join(OPS)}")
         if not (isinstance(self.device, str) and self.device.isalnum() and len(self.device) <= 16):
@@ -219,8 +224,10 @@ class Problem(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
         for name, values in (("stride", self.stride), ("dilation", self.dilation)):
             if any(not 1 <= value <= MAX_ELEMENTS for value in values):
                 raise SpecError(f"{name} is {values}, expected values >= 1")
-        if not 1 <= self.groups <= MAX_ELEMENTS:
-            raise SpecError(f"groups is {self.groups}, expected a number >= 1")
+        if any(len(pair) != 2 for pair in self.padding):
+            raise SpecError(f"padding is {self.padding}, expected one (before, after) pair for each dimension")
+        if not _is_integer(self.groups) or not 1 <= self.groups <= MAX_ELEMENTS:
+            raise SpecError(f"groups is {self.groups!r}, expected a number >= 1")
 
     def _check_channels(self) -> None:
         channels, filters, groups = self.x.dims[1], self.w.dims[0], self.groups
@@ -363,12 +370,23 @@ class Problem(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
         return " ".join([*parts, self.device])
 
 
+def _is_integer(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _integers(name: str, values: Sequence[int]) -> tuple[int, ...]:
+    """A plain tuple of the values, which must be integers."""
+    if not isinstance(values, Sequence) or not all(map(_is_integer, values)):
+        raise SpecError(f"{name} is {values!r}, expected integers")
+    return tuple(map(int, values))
+
+
 def per_dim(name: str, value: Sequence[int] | int, spatial: int) -> tuple[int, ...]:
     """One integer for each spatial dimension, from a number or a sequence of that length (or of length 1)."""
-    values = (value,) if isinstance(value, int) else tuple(value)
+    values = tuple(value) if isinstance(value, Sequence) else (value,)
     if len(values) == 1:
         values *= spatial
-    if len(values) != spatial or not all(isinstance(v, int) and not isinstance(v, bool) for v in values):
+    if len(values) != spatial or not all(map(_is_integer, values)):
         raise SpecError(f"{name} is {value!r}, expected an integer or {spatial} integers")
     return values
 
@@ -384,8 +402,8 @@ def padding_pairs(value: Sequence[int | Sequence[int]] | int, spatial: int) -> t
         raise SpecError(f"padding is {value!r}, expected {spatial} entries, each a number or a (before, after) pair")
     pairs = []
     for entry in entries:
-        pair = (entry, entry) if isinstance(entry, int) else tuple(entry)
-        if len(pair) != 2 or not all(isinstance(side, int) and not isinstance(side, bool) for side in pair):
+        pair = tuple(entry) if isinstance(entry, Sequence) else (entry, entry)
+        if len(pair) != 2 or not all(map(_is_integer, pair)):
             raise SpecError(f"padding entry is {entry!r}, expected a number or a (before, after) pair")
         if min(pair) < 0:
             raise SpecError(f"padding is {value!r}, expected values >= 0")

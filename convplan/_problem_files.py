@@ -177,11 +177,11 @@ class ProblemEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
         """Input, weight and output of the call.
 
         The one that is written has the layout that torch gives it, so that programs find the plan: torch writes
-        channels-last for two and three spatial dimensions, and for float64 never.
+        channels-last for two and three spatial dimensions, but for float64 in three.
         """
         dtype = "float32" if self.dtype == "tf32" else self.dtype
         tensors = [TensorSpec.dense(sizes, dtype, self.layout) for sizes in dims]
-        if len(self.spatial) == 1 or dtype == "float64":
+        if len(self.spatial) == 1 or (len(self.spatial) == 3 and dtype == "float64"):
             written = {"fprop": 2, "dgrad": 0, "wgrad": 1}[self.op]
             tensors[written] = TensorSpec.dense(dims[written], dtype)
         layouts = (self.input, self.weight, self.output)

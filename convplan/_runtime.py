@@ -19,7 +19,7 @@ import warnings
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
 
 import msgspec
 
@@ -181,24 +181,38 @@ state = State()
 local = Local()
 
 
+class _Failure(NamedTuple):
+    """A search that found nothing: what to raise again, and which engines it asked. Holds no traceback, no tensor."""
+
+    problem: str
+    policy: str
+    rejections: tuple[tuple[str, str], ...]
+    generation: int
+
+
 class _Choice:
-    """The record that a problem runs by, and how often it was seen while that record is only provisional."""
+    """The record that a problem runs by, how often it was seen, or why there is none."""
 
     def __init__(self) -> None:
         self.lock = threading.RLock()
         self.record: PlanRecord | None = None
-        self.error: NoPlan | None = None  # planning found nothing; not tried again at every call
-        self.final = False
+        self.failure: _Failure | None = None
         self.sightings = 0
+        self.gave_up = False  # tuning broke off; the untuned plan stays
+
+
+ChoiceKey = tuple[Problem, tuple[tuple[str, object], ...], _environment.Environment]
 
 
 class _Choices:
+    """Choices by what a stored plan's key is made of: policies that differ in effort or patience share one."""
+
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._kept: LeastRecentlyUsed[tuple[Problem, Policy, _environment.Environment], _Choice] | None = None
+        self._kept: LeastRecentlyUsed[ChoiceKey, _Choice] | None = None
 
     def get(self, problem: Problem, policy: Policy, environment: _environment.Environment) -> _Choice:
-        key = (problem, policy, environment)
+        key = (problem, policy.key_items(), environment)
         with self._lock:
             if self._kept is None:
                 self._kept = LeastRecentlyUsed(cache_limit())
@@ -227,6 +241,7 @@ def _start_afresh_in_child() -> None:
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_start_afresh_in_child)
+registry.on_change(state.touch)
 _stores: dict[tuple[str | None, ...], ForgivingStore] = {}
 
 
@@ -264,67 +279,101 @@ def decide(problem: Problem, policy: Policy) -> tuple[_Choice, PlanRecord]:
     choice = _choices.get(problem, resolved, environment)
     with choice.lock:
         choice.sightings += 1
-        if choice.error is not None:
-            raise choice.error
-        if choice.record is None:
-            _first_sight(choice, problem, resolved, environment)
-        elif not choice.final and _is_due(choice, resolved):
-            _tune(choice, problem, resolved, environment)
-        assert choice.record is not None
+        _raise_known_failure(choice)
+        if choice.record is None or (choice.record.effort == "instant" and _refuses_untuned(resolved)):
+            choice.record = _first_sight(choice, problem, resolved, environment)
+        elif not is_settled(choice.record, resolved) and _is_due(choice, resolved):
+            choice.record = _tune(choice, problem, resolved, environment)
         return choice, choice.record
+
+
+def is_settled(record: PlanRecord, policy: Policy) -> bool:
+    """Whether seeing the problem more often changes nothing."""
+    return record.effort != "instant" or policy.tunes_at_sight is None
 
 
 def _is_due(choice: _Choice, policy: Policy) -> bool:
     at = policy.tunes_at_sight
-    return at is not None and choice.sightings >= at
+    return at is not None and choice.sightings >= at and not choice.gave_up
 
 
-def _first_sight(choice: _Choice, problem: Problem, policy: Policy, environment: _environment.Environment) -> None:
-    stored = store().lookup(problem, policy, environment)
-    if stored is not None and _still_builds(stored):
-        counts.add("from_store")
-        choice.record, choice.final = stored, True
-    elif policy.mode == "replay" and policy.replay_miss == "error":
+def _refuses_untuned(policy: Policy) -> bool:
+    return policy.mode == "replay" and policy.replay_miss == "error" and policy.effort != "instant"
+
+
+def _first_sight(
+    choice: _Choice, problem: Problem, policy: Policy, environment: _environment.Environment
+) -> PlanRecord:
+    stored = _stored(problem, policy, environment)
+    if stored is not None:
+        return stored
+    if policy.mode == "replay" and policy.replay_miss == "error":
         counts.add("failed")
         raise ReplayMiss(problem=str(problem), policy=str(policy))
-    elif _is_due(choice, policy):
-        _tune(choice, problem, policy, environment)
-    else:
-        choice.record = _plan_or_note(choice, problem, policy, environment, "instant")
-        choice.final = policy.tunes_at_sight is None
-        counts.add("planned")
-        if policy.effort == "instant" and policy.mode == "auto":
-            store().remember(choice.record)
+    if _is_due(choice, policy):
+        return _tune(choice, problem, policy, environment)
+    # Stored only where that is what the policy asks for, and not when it stands in for a tuned one.
+    keep = policy.effort == "instant" and policy.mode == "auto"
+    return _plan(choice, problem, policy, environment, "instant", keep=keep)
 
 
-def _still_builds(record: PlanRecord) -> bool:
-    """Whether the stored choice can still be built here; a record that cannot is planned anew."""
+def _stored(problem: Problem, policy: Policy, environment: _environment.Environment) -> PlanRecord | None:
+    """The store's record, unless its choice cannot be built here any more: then the problem is planned anew."""
+    found = store().lookup(problem, policy, environment)
+    if found is None:
+        return None
     try:
-        record.build()
+        found.build()
     except ConvPlanError as exc:
-        log.info("stored plan of %s does not build any more (%s): planning it again", record.problem, exc)
-        return False
-    return True
+        log.info("stored plan of %s does not build any more (%s): planning it again", problem, exc)
+        return None
+    counts.add("from_store")
+    return found
 
 
-def _tune(choice: _Choice, problem: Problem, policy: Policy, environment: _environment.Environment) -> None:
-    choice.record = _plan_or_note(choice, problem, policy, environment, "measure")
-    choice.final = True
-    counts.add("planned")
-    counts.add("tuned")
-    store().remember(choice.record)
-
-
-def _plan_or_note(
-    choice: _Choice, problem: Problem, policy: Policy, environment: _environment.Environment, effort: Effort
-) -> PlanRecord:
-    """Plan; when nothing survives, note it in the choice, so that later calls do not search again."""
+def _tune(choice: _Choice, problem: Problem, policy: Policy, environment: _environment.Environment) -> PlanRecord:
+    """Measure; where that breaks off, as for want of memory, the problem runs untuned and is not tried again."""
     try:
-        return plan_problem(problem, policy, environment, effort=effort)
+        return _plan(choice, problem, policy, environment, "measure")
+    except ConvPlanError:
+        raise
+    except Exception as exc:  # tuning is extra work that the convolution does not depend on
+        counts.add("failed")
+        choice.gave_up = True
+        warn_once(f"tuning broke off ({type(exc).__name__}: {first_line(exc)}); it runs untuned: {problem}")
+        return choice.record or _plan(choice, problem, policy, environment, "instant", keep=False)
+
+
+def _plan(
+    choice: _Choice,
+    problem: Problem,
+    policy: Policy,
+    environment: _environment.Environment,
+    effort: Effort,
+    *,
+    keep: bool = True,
+) -> PlanRecord:
+    """Plan and store. When nothing survives, the choice notes it, so that later calls do not search again."""
+    choice.failure = None
+    try:
+        record = plan_problem(problem, policy, environment, effort=effort)
     except NoPlan as exc:
         counts.add("failed")
-        choice.error = exc
+        choice.failure = _Failure(exc.problem, exc.policy, exc.rejections, registry.generation)
         raise
+    counts.add("planned")
+    if effort != "instant":
+        counts.add("tuned")
+    if keep:
+        store().remember(record)
+    return record
+
+
+def _raise_known_failure(choice: _Choice) -> None:
+    """Raise what the last search ended with, unless engines were registered since."""
+    known = choice.failure
+    if known is not None and known.generation == registry.generation:
+        raise NoPlan(problem=known.problem, policy=known.policy, rejections=known.rejections)
 
 
 def adopt(problem: Problem, policy: Policy, *, force: bool = False) -> tuple[PlanRecord, bool]:
@@ -336,27 +385,22 @@ def adopt(problem: Problem, policy: Policy, *, force: bool = False) -> tuple[Pla
     resolved = policy.resolve()
     environment = _environment.current(problem.device)
     choice = _choices.get(problem, resolved, environment)
+    replay = resolved.mode == "replay"
     with choice.lock:
-        wanted = EFFORTS.index(resolved.effort)
-        if choice.record is None or EFFORTS.index(choice.record.effort) < wanted:
-            found = store().lookup(problem, resolved, environment)
-            if found is not None and _still_builds(found):
-                counts.add("from_store")
-                choice.record, choice.final = found, True
-        have = choice.record
-        if have is not None and EFFORTS.index(have.effort) >= wanted and not force:
-            return have, False
-        if resolved.mode == "replay":
+        if not _suffices(choice.record, resolved):
+            choice.record = _stored(problem, resolved, environment) or choice.record
+        if choice.record is not None and _suffices(choice.record, resolved) and (replay or not force):
+            return choice.record, False
+        if replay:
             counts.add("failed")
             raise ReplayMiss(problem=str(problem), policy=str(resolved))
-        record = plan_problem(problem, resolved, environment)
-        counts.add("planned")
-        if resolved.effort != "instant":
-            counts.add("tuned")
-        choice.record, choice.final = record, True
-        store().remember(record)
+        choice.record = _plan(choice, problem, resolved, environment, resolved.effort)
         state.touch()
-        return record, True
+        return choice.record, True
+
+
+def _suffices(record: PlanRecord | None, policy: Policy) -> bool:
+    return record is not None and EFFORTS.index(record.effort) >= EFFORTS.index(policy.effort)
 
 
 class Runner:
@@ -369,9 +413,14 @@ class Runner:
         self._problem = problem
         self._policy = policy
         self._choice, self._record = decide(problem, policy)
+        self._take(self._record)
+        self._fresh = True
+
+    def _take(self, record: PlanRecord) -> None:
+        self._record = record
+        self._settled = self._choice.gave_up or is_settled(record, self._policy.resolve())
         self._plan = self._build()
         self._run = self._plan.unchecked_run
-        self._fresh = True
 
     def _build(self) -> Plan:
         """Build the record's choice, or the first of those ranked after it that still builds."""
@@ -386,7 +435,7 @@ class Runner:
     def __call__(
         self, first: torch.Tensor, second: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor | None
     ) -> torch.Tensor:
-        if not self._choice.final or self._choice.record is not self._record:
+        if not self._settled or self._choice.record is not self._record:
             self._look_again()
         try:
             return self._run(first, second, bias, out)
@@ -395,18 +444,13 @@ class Runner:
 
     def _look_again(self) -> None:
         """Count one more sighting of a provisional choice; take over the record when another one was chosen."""
+        record = self._choice.record
         if self._fresh:  # the sighting that made this runner is counted already
             self._fresh = False
-            if self._choice.record is self._record:
-                return
-        if self._choice.final:
-            record = self._choice.record
-        else:
+        elif not self._settled:
             self._choice, record = decide(self._problem, self._policy)
         if record is not None and record is not self._record:
-            self._record = record
-            self._plan = self._build()
-            self._run = self._plan.unchecked_run
+            self._take(record)
 
     def _next_ranked(
         self,

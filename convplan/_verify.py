@@ -155,6 +155,10 @@ def _span(tensor: torch.Tensor) -> int:
     return 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
 
 
+def _shares_memory(one: torch.Tensor, other: torch.Tensor) -> bool:
+    return one.untyped_storage().data_ptr() == other.untyped_storage().data_ptr()
+
+
 def _products(left: torch.Tensor, right: torch.Tensor) -> Values:
     """(g, P, m) times (g, m, channels/g), as (P, channels), with the same of magnitudes."""
     sums, magnitudes = left @ right, left.abs() @ right.abs()
@@ -172,7 +176,8 @@ class Verifier:
         self._device, self._seed = device, seed
         self._values: Values | None = None
         self._integers: tuple[Inputs, torch.Tensor, torch.Tensor] | None = None
-        self._kept = [t.clone() for t in (self.random.first, self.random.second)]
+        self._kept = [tensor.clone() for tensor in self.random if tensor is not None]
+        self._last_out: torch.Tensor | None = None
         self._trusted: tuple[EngineConfig, Notes, torch.Tensor] | None = None
         self.condemned: dict[EngineConfig, str] = {}
 
@@ -186,6 +191,7 @@ class Verifier:
             WrongResult: it is wrong; the reason names the place, the value found and the value expected.
         """
         self._check_form(config, out)
+        self._last_out = out
         if self._values is None:
             self._values = self._reference.at(self._positions)
         error = self._compare(config, notes, self._pick(out, self._positions), self._values, self._positions)
@@ -205,7 +211,10 @@ class Verifier:
             limit = 2.0 ** DTYPES[self.problem.dtype].significand_bits
             self._integers = (inputs, values.sums, values.magnitudes <= limit)
         inputs, expected, exact = self._integers
-        found = self._pick(run(*inputs, None), self._positions)
+        out = run(*inputs, None)
+        if self._last_out is not None and _shares_memory(out, self._last_out):
+            raise self._wrong(config, "it handed out the memory of an earlier result again")
+        found = self._pick(out, self._positions)
         wrong = exact & (found.double() != expected)
         if bool(wrong.any()):
             where = self._place(int(wrong.flatten().nonzero()[0]), wrong)
@@ -219,11 +228,16 @@ class Verifier:
         steps = zip(spec.dims, out.stride(), spec.strides, strict=True)
         if any(size > 1 and have != want for size, have, want in steps):
             raise self._wrong(config, f"output has strides {out.stride()}, expected {spec.strides}")
-        inputs = (self.random.first, self.random.second)
-        for tensor, kept in zip(inputs, self._kept, strict=True):
-            if not torch.equal(tensor, kept):
-                tensor.copy_(kept)
-                raise self._wrong(config, "it wrote to its inputs")
+        inputs = [tensor for tensor in self.random if tensor is not None]
+        if any(_shares_memory(out, tensor) for tensor in inputs):
+            raise self._wrong(config, "its output is a view of an input")
+        written = [
+            (tensor, kept) for tensor, kept in zip(inputs, self._kept, strict=True) if not torch.equal(tensor, kept)
+        ]
+        for tensor, kept in written:
+            tensor.copy_(kept)
+        if written:
+            raise self._wrong(config, "it wrote to its inputs")
 
     def _pick(self, out: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         if self.problem.op == "wgrad":
@@ -273,8 +287,8 @@ class Verifier:
         slack = float((self._allowed(notes, self._values) + self._allowed(trusted_notes, self._values)).max())
         relative = 2.0 ** (2 - info.significand_bits)
         excess = (out - trusted).abs() - relative * trusted.abs()
-        # NaN compares false with everything, so it is looked for by name.
-        suspicious = (excess > slack) | ~out.isfinite()
+        # NaN compares false with everything, so it is looked for by name, on both sides.
+        suspicious = (excess > slack) | ~out.isfinite() | ~trusted.isfinite()
         if not bool(suspicious.any()):
             return
         places = suspicious.nonzero()[:ARBITRATED]

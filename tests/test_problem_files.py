@@ -94,11 +94,16 @@ def test_the_policy_is_left_alone_where_tf32_means_nothing(changes: dict[str, An
 @pytest.mark.parametrize(
     ("changes", "written"),
     [
-        ({"dtype": "float64"}, "contiguous"),
+        ({"dtype": "float64"}, "channels_last"),
+        (
+            {"dtype": "float64", "spatial": [9] * 3, "filter": [3] * 3}
+            | {name: [1] * 3 for name in ("padding", "stride", "dilation")},
+            "contiguous",
+        ),
         ({"spatial": [9], "filter": [3], "padding": [1], "stride": [1], "dilation": [1]}, "contiguous"),
         ({}, "channels_last"),
     ],
-    ids=["float64", "1-D", "2-D"],
+    ids=["float64", "3-D float64", "1-D", "2-D"],
 )
 @pytest.mark.parametrize("op", ["fprop", "dgrad", "wgrad"])
 def test_what_is_written_has_the_layout_that_torch_writes(op: str, changes: dict[str, Any], written: str) -> None:

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from convplan._environment import onednn_enabled
+from convplan._environment import onednn_computes, onednn_enabled
 from convplan._errors import PlanRejected
 from convplan._policy import Effort, Policy
 from convplan._problem import DTYPES, Problem, TensorSpec
@@ -139,13 +139,7 @@ def _computes(problem: Problem) -> tuple[Compute, ...]:
     """
     if problem.device != "cpu" or DTYPES[problem.dtype].itemsize_bytes > 2:
         return (Compute.OWN,)
-    return (Compute.OWN, Compute.FLOAT32) if _onednn_has(problem.dtype) else (Compute.FLOAT32,)
-
-
-@functools.lru_cache(maxsize=4)
-def _onednn_has(dtype: str) -> bool:
-    probe = {"bfloat16": "_is_mkldnn_bf16_supported", "float16": "_is_mkldnn_fp16_supported"}[dtype]
-    return bool(getattr(torch.ops.mkldnn, probe)())
+    return (Compute.OWN, Compute.FLOAT32) if onednn_computes(problem.dtype) else (Compute.FLOAT32,)
 
 
 def _vias(problem: Problem) -> tuple[Via, ...]:
@@ -168,7 +162,9 @@ def _native_vias(problem: Problem) -> tuple[Via, ...]:
     symmetric = all(before == after for before, after in problem.padding)
     if (problem.device, problem.dtype, problem.groups, symmetric) != ("cpu", "float32", 1, True):
         return ()
-    plain = set(problem.dilation) == {1} and problem.spatial_rank < 3
+    # The backward kernels misread inputs that are not contiguous: wrong numbers for a wgrad of spaced-out ones.
+    dense = all(spec.layout == "contiguous" for spec in problem.inputs)
+    plain = set(problem.dilation) == {1} and problem.spatial_rank < 3 and dense
     if problem.op == "dgrad":
         return (Via.TRANSPOSED, Via.BACKWARD) if plain and not problem.epilogue.bias else (Via.TRANSPOSED,)
     return (Via.BACKWARD,) if problem.op == "fprop" or plain else ()

@@ -170,7 +170,18 @@ class Registry:
         self._builtin = builtin
         self._engines: dict[str, Engine] | None = None
         self._lock = threading.RLock()
-        self.generation = 0  # goes up with every change, so that caches of choices can tell
+        self.generation = 0  # goes up with every change
+        self._told: list[Callable[[], object]] = []
+
+    def on_change(self, tell: Callable[[], object]) -> None:
+        """Have `tell` called after every change, for caches of what engines said."""
+        self._told.append(tell)
+
+    def _changed(self, engines: dict[str, Engine]) -> None:
+        self._engines = engines
+        self.generation += 1
+        for tell in self._told:
+            tell()
 
     def _loaded(self) -> dict[str, Engine]:
         if self._engines is None:
@@ -193,15 +204,13 @@ class Registry:
             engines = self._loaded()
             if name in engines and not replace:
                 raise SpecError(f"engine {name!r} is already registered; pass replace=True to exchange it")
-            self._engines = {**engines, name: engine}
-            self.generation += 1
+            self._changed({**engines, name: engine})
 
     def unregister(self, name: str) -> None:
         """Take an engine out again; unknown names are an error that lists the known."""
         with self._lock:
             self.get(name)
-            self._engines = {k: v for k, v in self._loaded().items() if k != normalize_name(name)}
-            self.generation += 1
+            self._changed({k: v for k, v in self._loaded().items() if k != normalize_name(name)})
 
     def names(self) -> tuple[str, ...]:
         """Every registered name, in order."""

@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import torch
 
+from convplan._environment import onednn_computes
 from convplan._errors import SpecError
 from convplan._problem import (
     DTYPES,
@@ -31,6 +32,10 @@ DTYPE_NAMES: dict[torch.dtype, str] = {getattr(torch, name): name for name in DT
 
 # Largest power of two, at most 32, that divides an address, by the address's last five bits (B1).
 ALIGNMENT_BYTES = tuple(32 if low == 0 else low & -low for low in range(32))
+
+
+class NotExpressible(SpecError):
+    """A convolution that torch can do and a `Problem` cannot describe."""
 
 
 class ConvArgs(NamedTuple):
@@ -92,12 +97,14 @@ def spec_of(tensor: torch.Tensor) -> TensorSpec:
 
 
 def output_spec(dims: Sequence[int], *inputs: torch.Tensor) -> TensorSpec:
-    """The output's layout as torch chooses it: channels-last when either input suggests it (B3), never for float64.
+    """The output's layout as torch chooses it: channels-last when either input suggests it (B3).
 
-    Torch knows channels-last for two and three spatial dimensions only, so a 1-D output is always contiguous.
+    Torch has no channels-last for one spatial dimension, and its own 3-D kernels for the CPU, which serve the dtypes
+    that oneDNN does not, know only contiguous results.
     """
     dtype = DTYPE_NAMES[inputs[0].dtype]
-    wanted = len(dims) > 3 and dtype != "float64" and any(map(suggests_channels_last, inputs))
+    known = len(dims) == 4 or (len(dims) == 5 and (inputs[0].device.type != "cpu" or onednn_computes(dtype)))
+    wanted = known and any(map(suggests_channels_last, inputs))
     strides = channels_last_strides(dims) if wanted else contiguous_strides(dims)
     return TensorSpec(tuple(dims), strides, dtype)
 
@@ -159,13 +166,15 @@ def transposed_padding(args: ConvArgs) -> tuple[tuple[int, int], ...]:
     gain an output; less padding behind takes it away again.
 
     Raises:
-        SpecError: there is not enough padding to take away.
+        NotExpressible: there is not enough padding to take away.
     """
     pairs = []
     for (before, after), outer, step in zip(args.padding, args.output_padding, args.stride, strict=True):
         less = outer if outer >= step else 0
         if less > after:
-            raise SpecError(f"output_padding is {outer} with stride {step} and padding {after}, expected less of it")
+            raise NotExpressible(
+                f"output_padding is {outer} with stride {step} and padding {after}, expected less of it"
+            )
         pairs.append((before, after - less))
     return tuple(pairs)
 

@@ -14,6 +14,7 @@ import torch
 
 from convplan import _runtime
 from convplan._errors import ConvPlanError, SpecError
+from convplan._plan import check_distinct, shares_memory
 from convplan._policy import Policy, torch_flags
 from convplan._problem import Epilogue, Op, Problem, TensorSpec, padding_pairs, per_dim
 from convplan._runtime import Runner, counts, local, state
@@ -24,12 +25,15 @@ from convplan.torch_ops.adapter import (
     ALIGNMENT_BYTES,
     DTYPE_NAMES,
     ConvArgs,
+    NotExpressible,
     check_same_place,
     forward_problem,
     output_spec,
     spec_of,
 )
 from convplan.torch_ops.override import NO_GRADIENTS, live_flags, note_fallback
+
+_any_autocast = torch._C._is_any_autocast_enabled
 
 Tensor = torch.Tensor
 Ints = int | Sequence[int]
@@ -190,6 +194,8 @@ def _convolution(
 
     What has to be worked out from the arguments is worked out once, in `_new_caller`.
     """
+    if _any_autocast() and torch.is_autocast_enabled(input.device.type):
+        input, weight, bias = _autocast(input, weight, bias)
     token = state.token
     graded = torch.is_grad_enabled() and (
         input.requires_grad
@@ -197,25 +203,41 @@ def _convolution(
         or (bias is not None and bias.requires_grad)
         or (out is not None and out.requires_grad)
     )
-    key = (
-        token, spatial, transposed, input.shape, input.stride(), input.dtype,
-        weight.shape, weight.stride(), weight.dtype,
-        None if bias is None else (bias.shape, bias.dtype, bias.get_device()),
-        stride if type(stride) is int else _hashable(stride), padding if type(padding) is int else _hashable(padding),
-        dilation if type(dilation) is int else _hashable(dilation),
-        output_padding if type(output_padding) is int else _hashable(output_padding),
-        groups, policy, graded, input.get_device(), weight.get_device(),
-        ALIGNMENT_BYTES[input.data_ptr() & 31], ALIGNMENT_BYTES[weight.data_ptr() & 31], live_flags(),
-    )  # fmt: skip
+    raw = (stride, padding, dilation, transposed, output_padding, groups)
+    try:
+        aligned = ALIGNMENT_BYTES[input.data_ptr() & 31], ALIGNMENT_BYTES[weight.data_ptr() & 31]
+        key = (
+            token, spatial, transposed, input.shape, input.stride(), input.dtype,
+            weight.shape, weight.stride(), weight.dtype,
+            None if bias is None else (bias.shape, bias.dtype, bias.get_device()),
+            stride if type(stride) is int else _hashable(stride),
+            padding if type(padding) is int else _hashable(padding),
+            dilation if type(dilation) is int else _hashable(dilation),
+            output_padding if type(output_padding) is int else _hashable(output_padding),
+            groups, policy, graded, input.get_device(), weight.get_device(), aligned, live_flags(),
+        )  # fmt: skip
+    except RuntimeError:  # no memory of its own: inside vmap or another transform, or a layout of torch's own
+        return _through_torch(spatial, raw)(input, weight, bias, out)
     caller = local.callers.get(key)
     if caller is None:
-        args = (stride, padding, dilation, transposed, output_padding, groups)
-        caller = _new_caller(spatial, input, weight, bias, args, policy, graded)
+        caller = _new_caller(spatial, input, weight, bias, raw, policy, graded)
         local.remember(key, token, caller)
     else:
         local.callers.move_to_end(key)
         local.hits[0] += 1
     return caller(input, weight, bias, out)
+
+
+def _autocast(*tensors: Tensor | None) -> Any:
+    """Cast as torch's convolutions do under autocast: everything floating to its dtype, float64 left alone."""
+    assert tensors[0] is not None
+    dtype = torch.get_autocast_dtype(tensors[0].device.type)
+    return tuple(
+        tensor.to(dtype)
+        if tensor is not None and tensor.is_floating_point() and tensor.dtype != torch.float64
+        else tensor
+        for tensor in tensors
+    )
 
 
 def _hashable(value: object) -> object:
@@ -244,9 +266,49 @@ def _new_caller(
         )
     args = _arguments(spatial, weight, *raw)
     x = input.unsqueeze(0) if unbatched else input
-    problem = forward_problem(x, weight, bias, args)
+    try:
+        problem = forward_problem(x, weight, bias, args)
+    except NotExpressible:
+        return _through_torch(spatial, raw)
+    if x.device.type not in ("cpu", "cuda"):
+        return _through_torch(spatial, raw)
     run = _differentiable(problem, args, policy) if graded else _checked(_Caller.of(problem, policy), problem, x.device)
+    run = _without_autocast(run, x.device.type)
     return _without_batch(run) if unbatched else run
+
+
+def _through_torch(spatial: int, raw: Arguments) -> Run:
+    """Torch's own convolution, for tensors and arguments that convplan does not plan; padded beforehand if need be."""
+    stride, padding, dilation, transposed, output_padding, groups = raw
+
+    def run(input: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor | None) -> Tensor:
+        args = _arguments(spatial, weight, stride, padding, dilation, transposed, output_padding, groups)
+        pads = [before for before, _ in args.padding]
+        if not args.is_symmetric:
+            if transposed:
+                raise SpecError(f"padding is {args.padding}, expected the same before and after for these tensors")
+            flat = [side for pair in reversed(args.padding) for side in pair]
+            input, pads = torch.nn.functional.pad(input, flat), [0] * spatial
+        x = input.unsqueeze(0) if input.dim() == spatial + 1 else input
+        result = torch.convolution(
+            x, weight, bias, list(args.stride), pads, list(args.dilation), transposed, list(args.output_padding), groups
+        )
+        result = result if x is input else result.squeeze(0)
+        return result if out is None else out.copy_(result)
+
+    return run
+
+
+def _without_autocast(run: Run, device: str) -> Run:
+    """Casting is done by now, and what engines compute in is theirs to say."""
+
+    def run_plainly(input: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor | None) -> Tensor:
+        if not _any_autocast():
+            return run(input, weight, bias, out)
+        with torch.autocast(device, enabled=False):
+            return run(input, weight, bias, out)
+
+    return run_plainly
 
 
 def _without_batch(run: Run) -> Run:
@@ -261,14 +323,18 @@ def _checked(caller: _Caller, problem: Problem, device: torch.device) -> Run:
     """Look at `out`, which is no part of the key, before anything is written."""
 
     def run(input: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor | None) -> Tensor:
-        if out is not None:
-            _check_out(out, problem.output, device)
+        if out is None:
+            return caller(input, weight, bias, None)
+        _check_out(out, problem.output, device)
+        if shares_memory(out, (input, weight, bias)):
+            return out.copy_(caller(input, weight, bias, None))
         return caller(input, weight, bias, out)
 
     return run
 
 
 def _check_out(out: Tensor, spec: TensorSpec, device: torch.device) -> None:
+    check_distinct(out)
     if tuple(out.shape) != spec.dims or DTYPE_NAMES.get(out.dtype) != spec.dtype or out.device != device:
         found, expected = (
             f"{tuple(out.shape)} {out.dtype} on {out.device}",

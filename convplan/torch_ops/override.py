@@ -286,7 +286,7 @@ def enable(policy: Policy | None = None) -> None:
 def disable() -> None:
     """Give every convolution back to stock torch, exactly as it was before `enable()`."""
     with _lock:
-        state.enabled = False
+        state.enabled, state.policy = False, Policy()
         _settle()
 
 

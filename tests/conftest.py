@@ -1,0 +1,35 @@
+"""What holds for every test: no setting from outside, a cache directory of its own, seeded, and two threads."""
+
+from __future__ import annotations
+
+import itertools
+import os
+
+import pytest
+
+THREADS = 2  # results of a reduction may depend on the number of threads, so it is the same on every machine
+
+# Threads that wait in a loop take the cores from the ones they wait for: on a busy machine tests take 4 times as long.
+# Read once, when torch is first imported; this file is imported before any test.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+_numbers = itertools.count()
+
+
+@pytest.fixture(autouse=True)
+def _own_settings(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Nothing leaks in from the environment, and no plan is left for another test to find."""
+    for name in [name for name in os.environ if name.startswith("CONVPLAN_")]:
+        monkeypatch.delenv(name)
+    # A name of its own, made only when something is written: most of the thousands of tests write nothing.
+    monkeypatch.setenv("CONVPLAN_CACHE_DIR", str(tmp_path_factory.getbasetemp() / f"cache-{next(_numbers)}"))
+
+
+@pytest.fixture(autouse=True)
+def _same_numbers() -> None:
+    """Random numbers and the number of threads are the same in every run."""
+    import torch
+
+    torch.manual_seed(0)
+    if torch.get_num_threads() != THREADS:
+        torch.set_num_threads(THREADS)

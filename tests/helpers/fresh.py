@@ -1,0 +1,52 @@
+"""A process as it is right after import, and engines that are registered for one test only."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import convplan
+from convplan import _runtime
+from convplan.engines import registry
+from convplan.engines.base import Engine
+
+
+@contextmanager
+def fresh_process() -> Iterator[None]:
+    """Off, with no policy, no choice, no ready plan, no open store and no counter; the registry as it was, afterwards.
+
+    Ready plans of other threads go with their threads; the calling thread's are dropped by the changed token.
+    """
+    engines = registry._loaded()
+    _reset()
+    try:
+        yield
+    finally:
+        for name in registry.names():
+            registry.unregister(name)
+        for engine in engines.values():
+            registry.register(engine)
+        _reset()
+
+
+def _reset() -> None:
+    convplan.disable()
+    _runtime.state.policy = convplan.Policy()
+    _runtime.state.captures = ()
+    _runtime.forget()
+    _runtime.local.callers.clear()
+    _runtime._warned.clear()
+    convplan.stats(reset=True)
+
+
+@contextmanager
+def registered(*engines: Engine) -> Iterator[None]:
+    """Engines that are known inside the block."""
+    for engine in engines:
+        convplan.register_engine(engine)
+    try:
+        yield
+    finally:
+        for engine in engines:
+            if engine.name in registry.names():
+                registry.unregister(engine.name)
