@@ -47,7 +47,7 @@ def problem(
     Raises:
         SpecError: arguments that do not fit together.
     """
-    from convplan.torch_ops.adapter import ConvArgs, forward_problem
+    from convplan.torch_ops.adapter import ConvArgs, forward_problem, output_layout
 
     if op not in OPS:
         raise SpecError(f"op is {op!r}, expected one of {', '.join(OPS)}")
@@ -65,7 +65,7 @@ def problem(
     forward = forward_problem(x, w, bias, args)
     if op == "fprop":
         return forward
-    return forward.gradients()[0 if op == "dgrad" else 1]
+    return forward.gradients(output_layout(x, w, args))[0 if op == "dgrad" else 1]
 
 
 def plan(problem: Problem, policy: Policy | None = None) -> PlanRecord:

@@ -24,10 +24,10 @@ Clock = Callable[[], int]
 """Nanoseconds on a clock that only goes forward."""
 
 CUTOFF = 3.0  # times the best so far: no candidate that slow wins by luck
-MIN_ROUNDS = 5  # before anything is concluded
+MIN_ROUNDS = 8  # before anything is concluded
 MAX_ROUNDS = 60
 MIN_SAMPLE_US = 100.0  # shorter runs are repeated inside one sample, so that the clock's own cost disappears
-SURE = 3.0  # standard errors between two candidates that count as separated
+SURE = 4.0  # standard errors between two candidates that count as separated
 UNKNOWN_SPREAD = 0.05  # share of the leader's time that samples are taken to scatter by when they are few
 TIE = 0.01  # share of the best time within which candidates are equal, however precisely they were timed
 

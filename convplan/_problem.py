@@ -198,6 +198,8 @@ class Problem(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
     def __post_init__(self) -> None:
         for name in ("stride", "dilation"):
             msgspec.structs.force_setattr(self, name, _integers(name, getattr(self, name)))
+        if not isinstance(self.padding, Sequence):
+            raise SpecError(f"padding is {self.padding!r}, expected one (before, after) pair for each dimension")
         msgspec.structs.force_setattr(self, "padding", tuple(_integers("padding", pair) for pair in self.padding))
         if self.op not in OPS:
             raise SpecError(f"op is {self.op!r}, expected one of {', '.join(OPS)}")
@@ -314,16 +316,19 @@ class Problem(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
         """The tensor written."""
         return {"fprop": self.y, "dgrad": self.x, "wgrad": self.w}[self.op]
 
-    def gradients(self) -> tuple[Problem, Problem]:
+    def gradients(self, layout: str | None = None) -> tuple[Problem, Problem]:
         """The problems of this forward's gradients, of its input and of its weight, as torch would ask for them.
 
         This problem must be a fprop, or a dgrad that stands for a transposed convolution. The incoming gradient is
-        taken to lie in memory as this problem's output does, and so are the results.
+        taken to lie in memory as this problem's output does.
+
+        Args:
+            layout: of the results; None: the output's, which cannot be told where sizes of 1 leave it open.
         """
-        layout = "channels_last" if self.output.layout == "channels_last" else "contiguous"
+        given = layout or ("channels_last" if self.output.layout == "channels_last" else "contiguous")
 
         def written(spec: TensorSpec) -> TensorSpec:
-            return TensorSpec.dense(spec.dims, spec.dtype, layout)
+            return TensorSpec.dense(spec.dims, spec.dtype, given)
 
         def problem(op: Op, **changed: TensorSpec) -> Problem:
             return msgspec.structs.replace(self, op=op, epilogue=Epilogue(), **changed)

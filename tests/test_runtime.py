@@ -24,7 +24,7 @@ from helpers.fresh import fresh_process
 from helpers.plans import run_python
 
 import convplan
-from convplan import ConvPlanWarning, NoPlan, Policy, PolicyError, Problem, ReplayMiss, SpecError, _runtime
+from convplan import ConvPlanWarning, NoPlan, Policy, PolicyError, Problem, ReplayMiss, SpecError, TensorSpec, _runtime
 from convplan._planner import plan_problem
 from convplan._runtime import DEFAULT_CACHE_LIMIT, LeastRecentlyUsed, cache_limit
 from convplan.engines import registry
@@ -1076,21 +1076,28 @@ def test_the_gradients_foreseen_are_those_that_autograd_asks_for(
 
 
 @pytest.mark.behaviour("B3")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16", "float16"])
 @pytest.mark.parametrize("given", ["neither", "input", "weight", "both"])
-def test_results_and_gradients_lie_in_memory_as_torchs_do(mine: FakeEngine, dtype: torch.dtype, given: str) -> None:
-    x, w = torch.randn(2, 4, 6, 5, dtype=dtype), torch.randn(8, 4, 3, 3, dtype=dtype)
-    x = x.to(memory_format=torch.channels_last) if given in ("input", "both") else x
-    w = w.to(memory_format=torch.channels_last) if given in ("weight", "both") else w
+@pytest.mark.parametrize(("rank", "taps"), [(2, 3), (2, 1), (3, 2), (3, 1)])
+def test_results_and_gradients_lie_in_memory_as_torchs_do(
+    mine: FakeEngine, dtype: str, given: str, rank: int, taps: int
+) -> None:
+    form = {2: torch.channels_last, 3: torch.channels_last_3d}[rank]
+    x = torch.ones(2, 4, *[4] * rank, dtype=getattr(torch, dtype))
+    w = torch.ones(6, 4, *[taps] * rank, dtype=x.dtype)
+    x = x.to(memory_format=form) if given in ("input", "both") else x
+    w = w.to(memory_format=form) if given in ("weight", "both") else w
+    conv = {2: F.conv2d, 3: F.conv3d}[rank]
 
-    def strides() -> list[tuple[int, ...]]:
+    def layouts() -> list[TensorSpec]:
         leaves = [x.detach().requires_grad_(), w.detach().requires_grad_()]
-        y = F.conv2d(*leaves)
-        return [t.stride() for t in (y, *torch.autograd.grad(y, leaves, torch.ones_like(y)))]
+        y = conv(*leaves)
+        results = (y, *torch.autograd.grad(y, leaves, torch.ones_like(y)))
+        return [TensorSpec(tuple(t.shape), t.stride(), dtype) for t in results]
 
-    expected = strides()
+    expected = layouts()
     with convplan.enabled(rules(effort="instant")):
-        assert strides() == expected
+        assert layouts() == expected
 
 
 def test_capture_tells_what_it_is() -> None:

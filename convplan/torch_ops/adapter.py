@@ -10,6 +10,7 @@ functions (`functional`). From tensors and arguments it makes the `Problem`s of 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -63,7 +64,11 @@ def conv_args(
     groups: int,
     spatial: int,
 ) -> ConvArgs:
-    """Arguments as torch's dispatcher hands them over; one number may stand for all dimensions."""
+    """Arguments as torch's dispatcher hands them over; one number may stand for all dimensions.
+
+    Raises:
+        SpecError: an argument has neither one entry nor one for each dimension.
+    """
     pads = _expand(padding, spatial)
     return ConvArgs(
         stride=_expand(stride, spatial),
@@ -76,7 +81,10 @@ def conv_args(
 
 
 def _expand(values: Sequence[int], spatial: int) -> tuple[int, ...]:
-    return tuple(values) * spatial if len(values) == 1 else tuple(values)
+    found = tuple(values) * spatial if len(values) == 1 else tuple(values)
+    if len(found) != spatial:
+        raise SpecError(f"found {list(values)}, expected one entry, or {spatial}, one for each spatial dimension")
+    return found
 
 
 def alignment_bytes(tensor: torch.Tensor) -> int:
@@ -96,17 +104,42 @@ def spec_of(tensor: torch.Tensor) -> TensorSpec:
     return TensorSpec(tuple(tensor.shape), tensor.stride(), dtype, alignment_bytes(tensor))
 
 
-def output_spec(dims: Sequence[int], *inputs: torch.Tensor) -> TensorSpec:
-    """The output's layout as torch chooses it: channels-last when either input suggests it (B3).
+def output_spec(dims: Sequence[int], x: torch.Tensor, w: torch.Tensor, args: ConvArgs) -> TensorSpec:
+    """The output's layout as torch chooses it: channels-last when either input suggests it (B3)."""
+    return TensorSpec(tuple(dims), output_strides(dims, x, w, args), DTYPE_NAMES[x.dtype])
 
-    Torch has no channels-last for one spatial dimension, and its own 3-D kernels for the CPU, which serve the dtypes
-    that oneDNN does not, know only contiguous results.
+
+def output_strides(dims: Sequence[int], x: torch.Tensor, w: torch.Tensor, args: ConvArgs) -> tuple[int, ...]:
+    """The strides that torch gives an output, also where a size-1 dimension leaves them open.
+
+    Torch computes one spatial dimension as two, from an input that it makes contiguous first, so that the weight alone
+    decides. Its own 3-D kernels for the CPU, which serve what oneDNN does not, know only contiguous results.
     """
-    dtype = DTYPE_NAMES[inputs[0].dtype]
-    known = len(dims) == 4 or (len(dims) == 5 and (inputs[0].device.type != "cpu" or onednn_computes(dtype)))
-    wanted = known and any(map(suggests_channels_last, inputs))
-    strides = channels_last_strides(dims) if wanted else contiguous_strides(dims)
-    return TensorSpec(tuple(dims), strides, dtype)
+    if len(dims) == 5 and x.device.type == "cpu" and not _onednn_takes(x, w, args):
+        return contiguous_strides(dims)
+    seen = (w.unsqueeze(2),) if len(dims) == 3 else (x, w)
+    return channels_last_strides(dims) if any(map(suggests_channels_last, seen)) else contiguous_strides(dims)
+
+
+def output_layout(x: torch.Tensor, w: torch.Tensor, args: ConvArgs) -> str:
+    """The same as a name, which holds for outputs of every size, those of gradients too."""
+    any_dims = (2,) * x.dim()
+    strides = output_strides(any_dims, x, w, args)
+    return "channels_last" if strides == channels_last_strides(any_dims) else "contiguous"
+
+
+def _onednn_takes(x: torch.Tensor, w: torch.Tensor, args: ConvArgs) -> bool:
+    """Torch's own choice between oneDNN and its native kernels (`use_mkldnn` in its Convolution.cpp)."""
+    if not onednn_computes(DTYPE_NAMES[x.dtype]):
+        return False
+    if x.dtype != torch.float32:
+        return True
+    plain = set(args.stride) | set(args.dilation) == {1}
+    flat = w.shape[-1] == w.shape[-2] == 1
+    if plain and x.shape[0] < 16 and flat and torch.get_num_threads() == 1:
+        return False
+    large = w.shape[-1] > 3 and w.shape[-2] > 3
+    return args.groups > 1 or large or x.shape[0] > 1 or math.prod(x.shape[:4]) > 20_480
 
 
 def suggests_channels_last(tensor: torch.Tensor) -> bool:
@@ -114,7 +147,7 @@ def suggests_channels_last(tensor: torch.Tensor) -> bool:
 
     Where a size-1 dimension leaves it open, the stride that happens to stand there decides, as in torch.
     """
-    if tensor.dim() < 4 or tensor.stride(1) == 0:
+    if tensor.stride(1) == 0:
         return False
     least = 0
     for dim in (1, *range(tensor.dim() - 1, 1, -1), 0):
@@ -140,12 +173,12 @@ def forward_problem(x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None,
     if not args.transposed:
         _check_bias(bias, weight.dims[0], given.dtype)
         sizes = output_spatial(spatial, weight.dims[2:], args.padding, args.stride, args.dilation)
-        y = output_spec((given.dims[0], weight.dims[0], *sizes), x, w)
+        y = output_spec((given.dims[0], weight.dims[0], *sizes), x, w, args)
         return _problem("fprop", given, weight, y, args.padding, args, x, epilogue)
     channels = weight.dims[1] * args.groups
     _check_bias(bias, channels, given.dtype)
     sizes = transposed_spatial(spatial, weight.dims[2:], args)
-    out = output_spec((given.dims[0], channels, *sizes), x, w)
+    out = output_spec((given.dims[0], channels, *sizes), x, w, args)
     return _problem("dgrad", out, weight, given, transposed_padding(args), args, x, epilogue)
 
 
@@ -191,11 +224,11 @@ def gradient_problem(
     check_same_place(dy, x, w)
     given, weight, grad = spec_of(x), spec_of(w), spec_of(dy)
     if which == "input":
-        out = output_spec(given.dims, x, w)
+        out = output_spec(given.dims, x, w, args)
         if args.transposed:
             return _problem("fprop", grad, weight, out, transposed_padding(args), args, dy), False
         return _problem("dgrad", out, weight, grad, args.padding, args, dy), False
-    out = output_spec(weight.dims, x, w)
+    out = output_spec(weight.dims, x, w, args)
     if args.transposed:
         return _problem("wgrad", grad, out, given, transposed_padding(args), args, dy), True
     return _problem("wgrad", given, out, grad, args.padding, args, dy), False

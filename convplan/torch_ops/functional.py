@@ -469,7 +469,7 @@ class _Geometry:
         specs = {
             given[0]: spec_of(first),
             given[1]: spec_of(second),
-            written: output_spec(self.dims[op], first, second),
+            written: output_spec(self.dims[op], first, second, self.args),
         }
         return Problem(
             op=op,

@@ -22,7 +22,15 @@ from convplan._policy import Policy
 from convplan._problem import Problem
 from convplan._runtime import Observe, Runner, counts, local, state, warn_once
 from convplan.engines.aten import stock_backward, stock_forward
-from convplan.torch_ops.adapter import ALIGNMENT_BYTES, ConvArgs, conv_args, forward_problem, gradient_problem
+from convplan.engines.base import Run
+from convplan.torch_ops.adapter import (
+    ALIGNMENT_BYTES,
+    ConvArgs,
+    conv_args,
+    forward_problem,
+    gradient_problem,
+    output_strides,
+)
 
 log = logging.getLogger("convplan.override")
 
@@ -138,10 +146,11 @@ def _new_forward(x: Tensor, w: Tensor, bias: Tensor | None, raw: RawArgs) -> For
         return result
 
     with_gradients = torch.is_grad_enabled() and (x.requires_grad, w.requires_grad)
-    runner = _planned(lambda args: forward_problem(x, w, bias, args), raw, x.dim() - 2, with_gradients or NO_GRADIENTS)
-    if runner is None:
+    run = _planned(
+        lambda args: (forward_problem(x, w, bias, args), x, w), raw, x.dim() - 2, with_gradients or NO_GRADIENTS
+    )
+    if run is None:
         return stock
-    run = runner
 
     def forward(x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
         try:
@@ -167,12 +176,15 @@ def _new_backward(
     spatial = x.dim() - 2
     swapped = False
 
-    def weight_problem(args: ConvArgs) -> Problem:
+    def input_problem(args: ConvArgs) -> Asked:
+        return gradient_problem("input", dy, x, w, args)[0], x, w
+
+    def weight_problem(args: ConvArgs) -> Asked:
         nonlocal swapped
         problem, swapped = gradient_problem("weight", dy, x, w, args)
-        return problem
+        return problem, x, w
 
-    for_input = _planned(lambda args: gradient_problem("input", dy, x, w, args)[0], raw, spatial) if mask[0] else None
+    for_input = _planned(input_problem, raw, spatial) if mask[0] else None
     for_weight = _planned(weight_problem, raw, spatial) if mask[1] else None
     if for_input is None and for_weight is None:
         return lambda dy, x, w: stock(dy, x, w, mask)
@@ -197,12 +209,17 @@ def _new_backward(
     return backward
 
 
+Asked = tuple[Problem, Tensor, Tensor]
+"""A problem, and the input and weight whose layouts decide the output's."""
+
+
 def _planned(
-    make: Callable[[ConvArgs], Problem], raw: RawArgs, spatial: int, gradients: tuple[bool, bool] = NO_GRADIENTS
-) -> Runner | None:
-    """A runner for the problem, or None where stock torch is to do it: not planned for, empty, or nothing found."""
+    make: Callable[[ConvArgs], Asked], raw: RawArgs, spatial: int, gradients: tuple[bool, bool] = NO_GRADIENTS
+) -> Run | None:
+    """What runs the problem, or None where stock torch is to do it: not planned for, empty, or nothing found."""
     try:
-        problem = make(conv_args(*raw, spatial))
+        args = conv_args(*raw, spatial)
+        problem, x, w = make(args)
     except SpecError as exc:
         log.debug("left to torch: %s", exc)
         return None
@@ -213,7 +230,8 @@ def _planned(
     if not state.enabled:
         return None
     try:
-        return Runner(problem, state.policy)
+        runner = Runner(problem, state.policy)
+        return _with_torchs_strides(runner, output_strides(problem.output.dims, x, w, args), problem.output.dims)
     except ConvPlanError as exc:
         note_fallback(exc)
     except Exception as exc:  # a bug of convplan's must not take the user's convolution down with it
@@ -221,6 +239,18 @@ def _planned(
         counts.add("fell_back")
         warn_once(f"stock torch runs this convolution, planning it raised {type(exc).__name__}: {exc} ({problem})")
     return None
+
+
+def _with_torchs_strides(run: Run, strides: tuple[int, ...], dims: tuple[int, ...]) -> Run:
+    """Give size-1 dimensions the strides that torch would: they choose the layout of what is computed from it."""
+    if 1 not in dims:
+        return run
+
+    def run_and_restride(first: Tensor, second: Tensor, bias: Tensor | None, out: Tensor | None) -> Tensor:
+        result = run(first, second, bias, out)
+        return result if result.stride() == strides else result.as_strided(dims, strides)
+
+    return run_and_restride
 
 
 def note_fallback(exc: ConvPlanError) -> None:
