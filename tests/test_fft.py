@@ -239,7 +239,7 @@ def test_proposals_are_few_ordered_and_distinct(x: tuple[int, ...], w: tuple[int
         assert len(set(blocks)) == len(blocks)
         assert [c.flops for c in candidates] == sorted(c.flops or 0 for c in candidates)
         longest = max(x[2:])
-        assert all(block == 0 or max(w[2:]) < block <= 2 * longest for block in blocks)
+        assert all(block == 0 or max(w[2:]) <= block < 2 * longest for block in blocks)
         for candidate in candidates:
             assert ENGINE.build(problem, candidate.config, POLICY).workspace_bytes == candidate.workspace_bytes
 

@@ -68,8 +68,6 @@ def with_policy(one: Call, policy: Policy) -> Callable[..., Tensor]:
 def test_results_and_gradients_are_right(one: Call, dtype: str) -> None:
     x, w, bias = one.tensors(DTYPES[dtype])
     before = [None if t is None else t.clone() for t in (x, w, bias)]
-    with convplan.enabled(FAST):
-        convplan.disable()  # what follows needs no switch; only the policy is left
     leaves = [t.detach().requires_grad_() for t in (x, w, bias) if t is not None]
     y = with_policy(one, FAST)(*leaves)
     dy = rewritten(y)
@@ -474,11 +472,13 @@ def test_layouts_that_have_no_strides_are_torchs_business() -> None:
     assert convplan.stats()["planned"] == 0
 
 
-@pytest.mark.parametrize("where", ["input", "weight"])
-def test_what_is_no_tensor_is_named(where: str) -> None:
-    tensors = {"input": zeros(*X), "weight": zeros(*W), where: [[1.0]]}
-    with pytest.raises((SpecError, TypeError, AttributeError)):
-        convplan.conv2d(**tensors)  # type: ignore[arg-type]
+@pytest.mark.parametrize("where", ["input", "weight", "bias"])
+def test_what_is_no_tensor_is_refused_as_in_torch(where: str) -> None:
+    tensors: dict[str, Any] = {"input": numbers(*X), "weight": numbers(*W), "bias": numbers(6), where: [1.0]}
+    with pytest.raises(TypeError, match="list"):
+        F.conv2d(**tensors)
+    with pytest.raises((TypeError, SpecError), match="list"):
+        convplan.conv2d(**tensors, policy=FAST)
 
 
 # --- policy

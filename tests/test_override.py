@@ -280,6 +280,20 @@ def test_layout_stays_torchs_through_a_network_with_one_channel_in_the_middle(po
         assert strides() == stock
 
 
+@pytest.mark.parametrize("policy", POLICIES.values(), ids=POLICIES)
+@pytest.mark.parametrize("name", ["1d", "2d", "2d-1x1", "3d", "t2d-stride-output-padding"])
+def test_a_bias_of_any_stride(name: str, policy: Policy) -> None:
+    one = call(name)
+    x, w, _ = one.tensors(torch.float32)
+    wide = torch.arange(2.0 * one.filters)
+    with convplan.enabled(policy):
+        for bias in (wide[::2], wide[: one.filters], wide[:1].expand(one.filters) + 1, wide[1:2].expand(one.filters)):
+            y = one.run(F, x, w, bias)
+            right = defined(x, w, bias, transposed=one.transposed, **one.arguments)
+            torch.testing.assert_close(y.double(), right, rtol=1e-5, atol=1e-5)
+    assert convplan.stats()["planned"] == 1
+
+
 # --- gradients
 
 
@@ -744,6 +758,22 @@ def test_checkpointing_runs_the_forward_again(reentrant: bool) -> None:
 
 
 @pytest.mark.behaviour("C8")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")  # of the compiler's own modules
+def test_compiled_code_runs_through_convplan_too() -> None:
+    one = call("2d")
+    leaves = [t.requires_grad_() for t in one.tensors(torch.float32) if t is not None]
+    compiled = torch.compile(lambda *given: one.run(F, *given).relu(), backend="aot_eager")
+    with convplan.enabled(FAST):
+        y = compiled(*leaves)
+        grads = torch.autograd.grad(y.square().sum(), leaves)
+    assert convplan.stats()["planned"] == 3
+    stock = one.run(F, *leaves).relu()
+    torch.testing.assert_close(y, stock)
+    for found, expected in zip(grads, torch.autograd.grad(stock.square().sum(), leaves), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.behaviour("C8")
 def test_a_graph_that_torch_traced_runs_through_convplan_too() -> None:
     one = call("2d")
     x, w, bias = one.tensors(torch.float32)
@@ -876,6 +906,21 @@ def test_an_engine_that_fails_while_running_is_replaced_with_one_warning() -> No
     assert len(seen) == 1
     for result in results:
         torch.testing.assert_close(result.double(), defined(x, w, bias, **one.arguments), rtol=1e-5, atol=1e-5)
+    assert convplan.stats()["fell_back"] == 1
+
+
+def test_a_bug_of_convplans_does_not_take_the_convolution_down(monkeypatch: pytest.MonkeyPatch) -> None:
+    one = call("2d")
+    tensors = one.tensors(torch.float32)
+    stock = one.run(F, *tensors)
+
+    def broken(*_: object) -> None:
+        raise KeyError("a bug")
+
+    monkeypatch.setattr(_runtime, "decide", broken)
+    with convplan.enabled(FAST), pytest.warns(ConvPlanWarning, match="KeyError.*a bug"):
+        found = one.run(F, *tensors)
+    assert torch.equal(found, stock)
     assert convplan.stats()["fell_back"] == 1
 
 

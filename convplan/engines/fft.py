@@ -39,7 +39,8 @@ from convplan.engines.base import YES, Built, Candidate, EngineConfig, Notes, Ru
 
 NOTES = Notes(numerical=("FFT",))
 
-# Blocks to propose for each rank: the least, and multiples of the smallest power of two that holds the filter's span.
+# Blocks to propose for each rank: the least, and multiples of the smallest power of two that holds the filter's span,
+# each shortened to what the number of its blocks needs.
 BLOCKS: dict[int, tuple[int, tuple[int, ...]]] = {
     1: (64, (2, 4, 8, 16)),
     2: (16, (2, 4, 8)),
@@ -217,12 +218,21 @@ def _fold(problem: Problem, block: int) -> _Fold:
 
 
 def _block_lengths(problem: Problem) -> list[int]:
-    """0, and the proposed blocks that are shorter than the longest dimension's one transform."""
+    """0, and a few lengths that are shorter than the longest dimension's one transform.
+
+    Powers of two say how many blocks there are; each length is then no more than that many blocks need.
+    """
     axes = _fold(problem, 0).axes
     least, multiples = BLOCKS[len(axes)]
     smallest = max(least // 2, 1 << (max(axis.span for axis in axes) - 1).bit_length())
     longest = max(axis.length for axis in axes)
-    return [0, *(smallest * multiple for multiple in multiples if smallest * multiple < longest)]
+    lengths = {0}
+    for multiple in multiples:
+        cut = [axis for axis in _fold(problem, smallest * multiple).axes if not axis.whole]
+        results = [(axis.size if problem.op == "dgrad" else axis.out, axis) for axis in cut]
+        needed = [good_length(-(-total // axis.blocks) + axis.span - 1) for total, axis in results]
+        lengths |= {length for length in (max(needed, default=0),) if length < longest}
+    return sorted(lengths)
 
 
 def _flops(fold: _Fold) -> float:
