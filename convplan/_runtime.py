@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     import torch
 
     from convplan._store import ForgivingStore
+    from convplan.engines.base import Run
 
 log = logging.getLogger("convplan.runtime")
 
@@ -57,6 +58,7 @@ class LeastRecentlyUsed(OrderedDict[Key, Value], Generic[Key, Value]):
     def __init__(self, limit: int) -> None:
         super().__init__()
         self.limit = limit
+        self.crowded = False  # half full: from here on it matters who was used last
 
     def add(self, key: Key, value: Value) -> None:
         """Insert as the newest, dropping the oldest where that goes over the limit."""
@@ -64,6 +66,7 @@ class LeastRecentlyUsed(OrderedDict[Key, Value], Generic[Key, Value]):
             return
         self[key] = value
         self.move_to_end(key)
+        self.crowded = 0 < self.limit <= 2 * len(self)
         while self.limit and len(self) > self.limit:
             self.popitem(last=False)
 
@@ -138,6 +141,14 @@ class _Anchor:
     """Lives as long as a thread's local storage."""
 
 
+class Callers(LeastRecentlyUsed[Hashable, Callable[..., Any]]):
+    """Plans of one thread that are ready to run, with the thread's count of hits beside them."""
+
+    def __init__(self, limit: int, hits: list[int]) -> None:
+        super().__init__(limit)
+        self.hits = hits
+
+
 class Local(threading.local):
     """What each thread has of its own: plans that are ready to run, and its count of hits."""
 
@@ -145,7 +156,7 @@ class Local(threading.local):
         self.anchor = _Anchor()
         self.hits = counts.new_hit_cell(self.anchor)
         self.token = -1
-        self.callers: LeastRecentlyUsed[Hashable, Callable[..., Any]] = LeastRecentlyUsed(cache_limit())
+        self.callers = Callers(cache_limit(), self.hits)
 
     def remember(self, key: Hashable, token: int, caller: Callable[..., Any]) -> None:
         """Keep a caller; those of an earlier token (another policy, other engines) are dropped first.
@@ -155,7 +166,7 @@ class Local(threading.local):
         if state.captures:
             return
         if self.token != token or self.callers.limit != cache_limit():
-            self.callers = LeastRecentlyUsed(cache_limit())
+            self.callers = Callers(cache_limit(), self.hits)
             self.token = token
         self.callers.add(key, caller)
 
@@ -442,6 +453,21 @@ class Runner:
         except Exception as exc:  # whatever an engine raises, the convolution must still be computed
             return self._next_ranked(exc, first, second, bias, out)
 
+    @property
+    def unwatched(self) -> Run | None:
+        """The bare plan once nothing but a new token can change the choice; its failures are for `recover`."""
+        return self._run if self._settled else None
+
+    def recover(
+        self, exc: Exception, first: torch.Tensor, second: torch.Tensor, bias: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Compute what the bare plan failed to, by the plans ranked behind it.
+
+        Raises:
+            ExecutionFailed: they fail as well.
+        """
+        return self._next_ranked(exc, first, second, bias, None)
+
     def _look_again(self) -> None:
         """Count one more sighting of a provisional choice; take over the record when another one was chosen."""
         record = self._choice.record
@@ -494,6 +520,7 @@ class Runner:
                 rejected=(*record.rejected, *(with_reason(e) for e in record.ranking if e.config in failed)),
             )
             self._choice.record = self._record
+        state.touch()  # callers of every thread look again
 
 
 def check_policy(policy: Policy) -> Policy:

@@ -478,7 +478,8 @@ def test_the_next_ranked_takes_over_when_a_plan_fails(mine: FakeEngine, entry: s
         assert ran(mine, lambda: results.append(conv(x, w))) == [TUNED, SECOND_BEST]
         torch.testing.assert_close(results[0], expected)
         assert ran(mine, lambda: [conv(x, w) for _ in range(3)]) == [SECOND_BEST] * 3  # not tried again
-    assert convplan.stats() == {**NONE, "hits": 4, "fell_back": 1, "failed": 1}
+    # A failure has every thread look its plans up again.
+    assert convplan.stats() == {**NONE, "hits": 3, "misses": 1, "fell_back": 1, "failed": 1}
 
 
 @pytest.mark.behaviour("B23")

@@ -118,7 +118,11 @@ class AtenEngine:
         if layout is not Layout.AS_GIVEN or compute is not Compute.OWN:
             core = _converted(core, problem, policy, layout, via, compute)
         workspace = _workspace_bytes(problem, layout, path, via, compute)
-        return Built(run=_delivered(core, problem.output), workspace_bytes=workspace)
+        run = _delivered(core, problem.output)
+        as_torch_does = layout is Layout.AS_GIVEN and path is Path.STOCK and compute is Compute.OWN
+        if problem.op == "fprop" and as_torch_does and _Padding(problem.padding).is_symmetric:
+            run = _fprop_in_one_frame(problem, policy, run)
+        return Built(run=run, workspace_bytes=workspace)
 
 
 Core = Callable[[torch.Tensor, torch.Tensor, "torch.Tensor | None"], torch.Tensor]
@@ -185,6 +189,26 @@ def _workspace_bytes(problem: Problem, layout: Layout, path: Path, via: Via, com
     if any(before != after for before, after in problem.padding):
         total += 2 * problem.x.nbytes
     return total
+
+
+def _fprop_in_one_frame(problem: Problem, policy: Policy, run_and_deliver: Run) -> Run:
+    """The commonest plan without the frames in between: right after a large convolution each costs microseconds."""
+    stride, dilation, groups = list(problem.stride), list(problem.dilation), problem.groups
+    padding, zeros, wanted = [before for before, _ in problem.padding], [0] * len(stride), problem.output.strides
+    deterministic, tf32 = bool(policy.deterministic), bool(policy.allow_tf32)
+    convolution = torch._convolution
+
+    def run(
+        first: torch.Tensor, second: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor | None
+    ) -> torch.Tensor:
+        if out is not None:
+            return run_and_deliver(first, second, bias, out)
+        result = convolution(
+            first, second, bias, stride, padding, dilation, False, zeros, groups, False, deterministic, True, tf32
+        )
+        return result if result.stride() == wanted else deliver(result, problem.output, None)
+
+    return run
 
 
 def _delivered(run: Core, spec: TensorSpec) -> Run:

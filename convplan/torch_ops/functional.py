@@ -194,17 +194,17 @@ def _convolution(
 
     What has to be worked out from the arguments is worked out once, in `_new_caller`.
     """
-    if _any_autocast() and torch.is_autocast_enabled(input.device.type):
-        input, weight, bias = _autocast(input, weight, bias)
-    token = state.token
-    graded = torch.is_grad_enabled() and (
-        input.requires_grad
-        or weight.requires_grad
-        or (bias is not None and bias.requires_grad)
-        or (out is not None and out.requires_grad)
-    )
     raw = (stride, padding, dilation, transposed, output_padding, groups)
     try:
+        if _any_autocast() and torch.is_autocast_enabled(input.device.type):
+            input, weight, bias = _autocast(input, weight, bias)
+        token = state.token
+        graded = torch.is_grad_enabled() and (
+            input.requires_grad
+            or weight.requires_grad
+            or (bias is not None and bias.requires_grad)
+            or (out is not None and out.requires_grad)
+        )
         aligned = ALIGNMENT_BYTES[input.data_ptr() & 31], ALIGNMENT_BYTES[weight.data_ptr() & 31]
         key = (
             token, spatial, transposed, input.shape, input.stride(), input.dtype,
@@ -214,17 +214,23 @@ def _convolution(
             padding if type(padding) is int else _hashable(padding),
             dilation if type(dilation) is int else _hashable(dilation),
             output_padding if type(output_padding) is int else _hashable(output_padding),
-            groups, policy, graded, input.get_device(), weight.get_device(), aligned, live_flags(),
+            groups, policy, graded, input.get_device(), weight.get_device(), aligned,
+            live_flags(input.get_device()),
         )  # fmt: skip
+    except AttributeError as exc:
+        names = [type(given).__name__ for given in (input, weight, bias) if given is not None]
+        raise TypeError(f"found {', '.join(names)}, expected tensors for input, weight and bias") from exc
     except RuntimeError:  # no memory of its own: inside vmap or another transform, or a layout of torch's own
         return _through_torch(spatial, raw)(input, weight, bias, out)
-    caller = local.callers.get(key)
-    if caller is None:
+    callers = local.callers
+    caller = callers.get(key)
+    if caller is not None:
+        callers.hits[0] += 1
+        if callers.crowded:
+            callers.move_to_end(key)
+    else:
         caller = _new_caller(spatial, input, weight, bias, raw, policy, graded)
         local.remember(key, token, caller)
-    else:
-        local.callers.move_to_end(key)
-        local.hits[0] += 1
     return caller(input, weight, bias, out)
 
 
@@ -451,15 +457,17 @@ class _Geometry:
         key = (
             token, op, self.dims[op], self.args, self.policy, first.shape, first.stride(), first.dtype, second.shape,
             second.stride(), bias is None, first.get_device(), ALIGNMENT_BYTES[first.data_ptr() & 31],
-            ALIGNMENT_BYTES[second.data_ptr() & 31], live_flags(),
+            ALIGNMENT_BYTES[second.data_ptr() & 31], live_flags(first.get_device()),
         )  # fmt: skip
-        caller = local.callers.get(key)
-        if caller is None:
+        callers = local.callers
+        caller = callers.get(key)
+        if caller is not None:
+            callers.hits[0] += 1
+            if callers.crowded:
+                callers.move_to_end(key)
+        else:
             caller = _Caller.of(self._problem(op, first, second, bias), self.policy, gradients)
             local.remember(key, token, caller)
-        else:
-            local.callers.move_to_end(key)
-            local.hits[0] += 1
         return caller(first, second, bias, None)
 
     def _problem(self, op: Op, first: Tensor, second: Tensor, bias: Tensor | None) -> Problem:

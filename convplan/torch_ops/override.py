@@ -44,9 +44,10 @@ NO_GRADIENTS = (False, False)
 _lock = threading.RLock()
 _library: torch.library.Library | None = None
 
-# Reading torch's settings costs more than the rest of a key, so the C functions are bound once.
+# After a large convolution the processor's caches hold nothing of Python's, and every function called and every object
+# made costs about 3 us then, ten times its usual cost. So the C functions are bound once, and few are called.
 _num_threads = torch.get_num_threads
-_matmul_precision = torch.get_float32_matmul_precision
+_matmul_precision = torch._C._get_float32_matmul_precision
 _algorithms_deterministic = torch._C._get_deterministic_algorithms
 _cudnn_deterministic = torch._C._get_cudnn_deterministic
 _fp32_precision: Callable[[str, str], str] = getattr(
@@ -55,17 +56,16 @@ _fp32_precision: Callable[[str, str], str] = getattr(
 _onednn_enabled = torch._C._get_mkldnn_enabled
 
 
-def live_flags() -> tuple[object, ...]:
-    """Torch's settings that a choice depends on, as they are now."""
-    return (
+def live_flags(device: int) -> tuple[object, ...]:
+    """Torch's settings that a choice depends on, as they are now, for a device index (-1: the CPU)."""
+    flags = (
         _num_threads(),
         _onednn_enabled(),
         _matmul_precision(),
-        _fp32_precision("mkldnn", "conv"),
-        _fp32_precision("cuda", "conv"),
         _algorithms_deterministic(),
         _cudnn_deterministic(),
     )
+    return flags if device < 0 else (*flags, _fp32_precision("cuda", "conv"))
 
 
 def _forward(
@@ -80,22 +80,23 @@ def _forward(
     groups: int,
 ) -> Tensor:
     """`aten::convolution`."""
-    token = state.token
+    token, device = state.token, x.get_device()
     key = (
         token, x.shape, x.stride(), x.dtype, w.shape, w.stride(), w.dtype,
         None if bias is None else (bias.shape, bias.dtype),
         (*stride, *padding, *dilation, transposed, *output_padding, groups),
-        x.get_device(), ALIGNMENT_BYTES[x.data_ptr() & 31], ALIGNMENT_BYTES[w.data_ptr() & 31], live_flags(),
+        device, ALIGNMENT_BYTES[x.data_ptr() & 31], ALIGNMENT_BYTES[w.data_ptr() & 31], live_flags(device),
     )  # fmt: skip
-    mine = local
-    caller = mine.callers.get(key)
+    callers = local.callers
+    caller = callers.get(key)
     if caller is not None:
-        mine.callers.move_to_end(key)
-        mine.hits[0] += 1
+        callers.hits[0] += 1
+        if callers.crowded:
+            callers.move_to_end(key)
     else:
         args = (list(stride), list(padding), list(dilation), transposed, list(output_padding), groups)
         caller = _new_forward(x, w, bias, args)
-        mine.remember(key, token, caller)
+        local.remember(key, token, caller)
     return caller(x, w, bias)
 
 
@@ -113,23 +114,24 @@ def _backward(
     output_mask: Sequence[bool],
 ) -> Gradients:
     """`aten::convolution_backward`."""
-    token = state.token
+    token, device = state.token, x.get_device()
     key = (
         token, dy.shape, dy.stride(), dy.dtype, x.shape, x.stride(), x.dtype, w.shape, w.stride(), w.dtype,
         (*stride, *padding, *dilation, transposed, *output_padding, groups, *output_mask),
-        None if bias_sizes is None else tuple(bias_sizes), x.get_device(),
+        None if bias_sizes is None else tuple(bias_sizes), device,
         ALIGNMENT_BYTES[dy.data_ptr() & 31], ALIGNMENT_BYTES[x.data_ptr() & 31], ALIGNMENT_BYTES[w.data_ptr() & 31],
-        live_flags(),
+        live_flags(device),
     )  # fmt: skip
-    mine = local
-    caller = mine.callers.get(key)
+    callers = local.callers
+    caller = callers.get(key)
     if caller is not None:
-        mine.callers.move_to_end(key)
-        mine.hits[0] += 1
+        callers.hits[0] += 1
+        if callers.crowded:
+            callers.move_to_end(key)
     else:
         args = (list(stride), list(padding), list(dilation), transposed, list(output_padding), groups)
         caller = _new_backward(dy, x, w, bias_sizes, args, list(output_mask))
-        mine.remember(key, token, caller)
+        local.remember(key, token, caller)
     return caller(dy, x, w)
 
 
@@ -146,18 +148,21 @@ def _new_forward(x: Tensor, w: Tensor, bias: Tensor | None, raw: RawArgs) -> For
         return result
 
     with_gradients = torch.is_grad_enabled() and (x.requires_grad, w.requires_grad)
-    run = _planned(
+    runner = _planned(
         lambda args: (forward_problem(x, w, bias, args), x, w), raw, x.dim() - 2, with_gradients or NO_GRADIENTS
     )
-    if run is None:
+    if runner is None:
         return stock
 
     def forward(x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
         try:
-            return run(x, w, bias, None)
-        except ConvPlanError as exc:
-            note_fallback(exc)
-            return stock(x, w, bias)
+            return runner.run(x, w, bias, None)
+        except Exception as exc:  # whatever an engine raises, the convolution must still be computed
+            try:
+                return runner.recover(exc, x, w, bias)
+            except ConvPlanError as last:
+                note_fallback(last)
+                return stock(x, w, bias)
 
     return forward
 
@@ -194,10 +199,10 @@ def _new_backward(
 
     def backward(dy: Tensor, x: Tensor, w: Tensor) -> Gradients:
         try:
-            dx = None if for_input is None else for_input(dy, w, None, None)
+            dx = None if for_input is None else for_input(dy, w, None)
             dw = None
             if for_weight is not None:
-                dw = for_weight(dy, x, None, None) if swapped else for_weight(x, dy, None, None)
+                dw = for_weight(dy, x, None) if swapped else for_weight(x, dy, None)
         except ConvPlanError as exc:
             note_fallback(exc)
             return stock(dy, x, w, mask)
@@ -215,7 +220,7 @@ Asked = tuple[Problem, Tensor, Tensor]
 
 def _planned(
     make: Callable[[ConvArgs], Asked], raw: RawArgs, spatial: int, gradients: tuple[bool, bool] = NO_GRADIENTS
-) -> Run | None:
+) -> _Planned | None:
     """What runs the problem, or None where stock torch is to do it: not planned for, empty, or nothing found."""
     try:
         args = conv_args(*raw, spatial)
@@ -231,7 +236,7 @@ def _planned(
         return None
     try:
         runner = Runner(problem, state.policy)
-        return _with_torchs_strides(runner, output_strides(problem.output.dims, x, w, args), problem.output.dims)
+        return _Planned(runner, problem.output.dims, output_strides(problem.output.dims, x, w, args))
     except ConvPlanError as exc:
         note_fallback(exc)
     except Exception as exc:  # a bug of convplan's must not take the user's convolution down with it
@@ -241,16 +246,39 @@ def _planned(
     return None
 
 
-def _with_torchs_strides(run: Run, strides: tuple[int, ...], dims: tuple[int, ...]) -> Run:
-    """Give size-1 dimensions the strides that torch would: they choose the layout of what is computed from it."""
-    if 1 not in dims:
-        return run
+class _Planned:
+    """A runner whose results have torch's strides, and the shortest way to call it."""
 
-    def run_and_restride(first: Tensor, second: Tensor, bias: Tensor | None, out: Tensor | None) -> Tensor:
-        result = run(first, second, bias, out)
-        return result if result.stride() == strides else result.as_strided(dims, strides)
+    def __init__(self, runner: Runner, dims: tuple[int, ...], strides: tuple[int, ...]) -> None:
+        self._runner = runner
+        # Strides of size-1 dimensions choose the layout of what is computed from the result.
+        self._strides = strides if 1 in dims else None
+        self.run: Run = self._restrided(runner.unwatched or runner)
 
-    return run_and_restride
+    def _restrided(self, run: Run) -> Run:
+        strides = self._strides
+        if strides is None:
+            return run
+
+        def run_and_restride(first: Tensor, second: Tensor, bias: Tensor | None, out: Tensor | None) -> Tensor:
+            result = run(first, second, bias, out)
+            return result if result.stride() == strides else result.as_strided(result.shape, strides)
+
+        return run_and_restride
+
+    def recover(self, exc: Exception, first: Tensor, second: Tensor, bias: Tensor | None) -> Tensor:
+        """After `run` raised: the runner has tried the other plans already if the error is convplan's own."""
+        if isinstance(exc, ConvPlanError):
+            raise exc
+        self.run = self._restrided(self._runner)  # which knows the plan that works, and later ones
+        recovered = self._restrided(lambda first, second, bias, out: self._runner.recover(exc, first, second, bias))
+        return recovered(first, second, bias, None)
+
+    def __call__(self, first: Tensor, second: Tensor, bias: Tensor | None) -> Tensor:
+        try:
+            return self.run(first, second, bias, None)
+        except Exception as exc:  # whatever an engine raises, the convolution must still be computed
+            return self.recover(exc, first, second, bias)
 
 
 def note_fallback(exc: ConvPlanError) -> None:
