@@ -101,7 +101,7 @@ LAYERS = [
     layer("long-dw-1025", "long-convolution mixer", 1, 64, 64, (16384,), (1025,), 512, groups=64, suite="long"),
     layer("long-16-1025", "learned filter bank", 1, 16, 16, (16384,), (1025,), 512, suite="long"),
     layer("long-bank-2048", "learned filter bank", 1, 1, 64, (48000,), (2048,), 1024, suite="long"),
-    layer("reverb-24k", "convolution reverb", 1, 2, 2, (120000,), (24000,), [[23999, 0]], groups=2, suite="long"),
+    layer("reverb-12k", "convolution reverb", 1, 2, 2, (60000,), (12000,), [[11999, 0]], groups=2, suite="long"),
 ]  # fmt: skip
 
 

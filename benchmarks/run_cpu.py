@@ -22,6 +22,14 @@ import msgspec
 
 HERE = Path(__file__).parent
 
+# Have the C library keep freed memory, for both sides. By default it may give a result's pages back at every call and
+# take them again at the next: on virtual machines that costs more than many a convolution, and strikes at random.
+KEEP_MEMORY = {
+    "MALLOC_TRIM_THRESHOLD_": str(2**34),
+    "MALLOC_MMAP_THRESHOLD_": str(2**32),
+    "MALLOC_TOP_PAD_": str(2**26),
+}
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -31,6 +39,8 @@ def main() -> None:
     parser.add_argument("--only", default="", help="part of the problems' names")
     parser.add_argument("--out", type=Path, default=HERE / "results")
     options = parser.parse_args()
+    if not KEEP_MEMORY.items() <= os.environ.items():  # read when a process starts
+        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **KEEP_MEMORY})
 
     with tempfile.TemporaryDirectory() as folder:
         os.environ["CONVPLAN_CACHE_DIR"] = folder  # a store of its own: everything is planned here and now
@@ -74,6 +84,7 @@ def table(report: object, planning_s: dict[str, float], options: argparse.Namesp
         f"{len(rows)} problems, {report.created}, commit {commit()}, {platform.platform()}.",
         *(f"Environment: {text}." for text in report.environments),
         f"Each side's median over interleaved, shuffled rounds of {options.seconds:g} s; ± is half the interquartile range.",
+        "The C library keeps freed memory, for both sides (`KEEP_MEMORY` in `run_cpu.py` says why).",
         "A call is what a user writes: `F.conv*` or `aten::convolution_backward`, stock and under `convplan.enabled()`.",
         "",
         "| suite | problems | geometric mean | lowest | highest |",

@@ -48,7 +48,8 @@ MIN_ROUNDS = 5
 SLOW_US = 500_000.0  # a call this long needs no untimed one before it, and gets fewer rounds
 SLOW_ROUNDS = 2
 MAX_ROUNDS = 1_000
-MIN_SAMPLE_US = 5_000.0  # shorter calls are repeated inside one sample, so that what switching sides costs disappears
+MIN_SAMPLE_US = 15_000.0  # shorter calls are repeated inside one sample, so that what switching sides costs fades
+SETTLING_CALLS = 2  # untimed: switching sides empties caches, ours and the processor's
 MAX_REPEATS = 1_000
 REPORT_SCHEMA = 1
 
@@ -239,12 +240,12 @@ class _Race:
         ]
 
     def _sample(self, side: _Side) -> float:
-        """Microseconds per call. One call goes untimed: switching sides empties caches of ours and of the processor."""
+        """Microseconds per call. A few calls go untimed before, unless they are slow."""
         call = side.call
         with side.active():
-            if not self._slow:
+            for _ in range(0 if self._slow else SETTLING_CALLS):
                 call()
-                self._synchronize()
+            self._synchronize()
             begin = time.perf_counter_ns()
             for _ in range(self.repeats):
                 call()
