@@ -50,7 +50,7 @@ def main() -> None:
 
 def run(options: argparse.Namespace) -> None:
     import convplan
-    from convplan._bench import bench_report, compare
+    from convplan._bench import compare
     from convplan._problem_files import read_problems
 
     problems = [one for one in read_problems(options.suite) if options.only in one.name]
@@ -61,6 +61,7 @@ def run(options: argparse.Namespace) -> None:
         planning_s[named.name] = time.perf_counter() - begin
         found = compare(named, seconds=options.seconds)
         comparisons.append(found)
+        write(comparisons, planning_s, options)  # a run that is cut short has lost nothing
         print(
             f"{done:3}/{len(problems)} {found.name:28} {found.stock.median_us:11.1f} us stock "
             f"{found.convplan.median_us:11.1f} us convplan {found.ratio:7.2f}  {found.chosen}  "
@@ -68,6 +69,11 @@ def run(options: argparse.Namespace) -> None:
             file=sys.stderr,
             flush=True,
         )
+
+
+def write(comparisons: list, planning_s: dict[str, float], options: argparse.Namespace) -> None:
+    from convplan._bench import bench_report
+
     report = bench_report(comparisons)
     options.out.mkdir(exist_ok=True)
     raw = {"commit": commit(), "command": " ".join(["python", *sys.argv]), "planning_s": planning_s, "report": report}
@@ -84,9 +90,9 @@ def table(report: object, planning_s: dict[str, float], options: argparse.Namesp
         "",
         f"{len(rows)} problems, {report.created}, commit {commit()}, {platform.platform()}.",
         *(f"Environment: {text}." for text in report.environments),
-        f"Each side's median over interleaved, shuffled rounds of {options.seconds:g} s; ± is half the interquartile range.",
-        "The C library keeps freed memory, for both sides (`KEEP_MEMORY` in `run_cpu.py` says why).",
-        "A call is what a user writes: `F.conv*` or `aten::convolution_backward`, stock and under `convplan.enabled()`.",
+        f"Each side's median over interleaved, shuffled rounds of {options.seconds:g} s; ± is half the interquartile",
+        "range. The C library keeps freed memory, for both sides (`KEEP_MEMORY` in `run_cpu.py` says why). A call is",
+        "what a user writes: `F.conv*` or `aten::convolution_backward`, stock and under `convplan.enabled()`.",
         "",
         "| suite | problems | geometric mean | lowest | highest |",
         "|---|---|---|---|---|",
@@ -98,11 +104,14 @@ def table(report: object, planning_s: dict[str, float], options: argparse.Namesp
         )
     losses = [f"{row.name} ({row.ratio:.3f}{', ' + SAME if same(row) else ''})" for row in rows if row.ratio < 0.97]
     alike = [row.ratio for row in rows if same(row)]
+    lines += ["", f"Below 0.97: {', '.join(losses) or 'none'}."]
+    if alike:
+        lines += [
+            f"In {len(alike)} problems the choice is {SAME}, so both sides run the same code but for a hit's cost:",
+            f"their ratios, {min(alike):.2f} to {max(alike):.2f} with median {statistics.median(alike):.3f}, show that "
+            "cost and the noise.",
+        ]
     lines += [
-        "",
-        f"Below 0.97: {', '.join(losses) or 'none'}.",
-        f"In {len(alike)} problems the choice is {SAME}, so that both sides run the same code but for a hit's cost: their "
-        f"ratios, {min(alike):.2f} to {max(alike):.2f} with median {statistics.median(alike):.3f}, show that cost and the noise.",
         f"Planning: {sum(planning_s.values()):.0f} s in all, median {statistics.median(planning_s.values()):.2f} s "
         f"a problem, longest {max(planning_s.values()):.1f} s.",
         "",

@@ -153,7 +153,8 @@ def test_each_round_samples_both_sides_with_the_collector_off(monkeypatch: pytes
     race = _bench._Race(side("stock"), side("ours"), "cpu", seed=0)
     race.run(seconds=0, rounds=8)
     assert gc.isenabled()
-    rounds = [tuple(order[i : i + 4 : 2]) for i in range(0, len(order), 4)]  # one untimed call before each sample
+    calls = _bench.SETTLING_CALLS + 1  # untimed ones before each sample of one call
+    rounds = [tuple(order[i : i + 2 * calls : calls]) for i in range(0, len(order), 2 * calls)]
     assert len(rounds) == 8
     assert set(rounds) == {("stock", "ours"), ("ours", "stock")}, "shuffled, so that drift hits both"
     assert [len(timing.samples_us) for timing in race.timings()] == [8, 8]
