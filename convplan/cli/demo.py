@@ -108,9 +108,9 @@ def run_demo(
 def _run(name: str, work: _Work, policy: Policy, progress: Progress | None) -> Outcome:
     import convplan
 
-    uses = _count_uses(work)
     convplan.stats(reset=True)
     begin = time.perf_counter()
+    uses = _count_uses(work)  # one run to see what there is; stored plans are read here
 
     def planned(done: int, total: int, record: PlanRecord | None) -> None:
         if progress is not None:
