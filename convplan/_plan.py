@@ -137,14 +137,16 @@ class Plan:
         problem: what it computes; fixes dims, strides and dtype of every tensor.
         config: engine and knobs.
         workspace_bytes: scratch memory it takes while it runs.
+        as_torch: the entry of torch it is nothing but a call of, see `Built`.
     """
 
-    __slots__ = ("config", "problem", "unchecked_run", "workspace_bytes")
+    __slots__ = ("as_torch", "config", "problem", "unchecked_run", "workspace_bytes")
 
     def __init__(self, problem: Problem, config: EngineConfig, built: Built) -> None:
         self.problem = problem
         self.config = config
         self.workspace_bytes = built.workspace_bytes
+        self.as_torch = built.as_torch
         self.unchecked_run = built.run
 
     def run(

@@ -458,6 +458,11 @@ class Runner:
         """The bare plan once nothing but a new token can change the choice; its failures are for `recover`."""
         return self._run if self._settled else None
 
+    @property
+    def settled_as(self) -> str:
+        """The entry of torch that the settled plan is nothing but a call of; empty while it may still change."""
+        return self._plan.as_torch if self._settled else ""
+
     def recover(
         self, exc: Exception, first: torch.Tensor, second: torch.Tensor, bias: torch.Tensor | None
     ) -> torch.Tensor:

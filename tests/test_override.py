@@ -297,6 +297,31 @@ def test_a_bias_of_any_stride(name: str, policy: Policy) -> None:
 # --- gradients
 
 
+def _kernels(run: Callable[[], object]) -> list[str]:
+    """Names of the operators that a piece of code ends in, below the two entries that convplan replaces."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        run()
+    return sorted(e.name for e in profile.events() if "mkldnn" in e.name or "slow_conv" in e.name or "sum" in e.name)
+
+
+@pytest.mark.parametrize("spatial", [1, 2, 3])
+def test_a_backward_that_torch_does_best_is_one_call_as_in_torch(spatial: int) -> None:
+    x = torch.randn(2, 4, *[9] * spatial, requires_grad=True)
+    layer = nn.Conv1d(4, 6, 3) if spatial == 1 else nn.Conv2d(4, 6, 3) if spatial == 2 else nn.Conv3d(4, 6, 3)
+
+    def backward() -> tuple[Tensor, ...]:
+        y = layer(x)
+        return torch.autograd.grad(y, (x, *layer.parameters()), torch.ones_like(y))
+
+    expected, stock = backward(), _kernels(backward)
+    with convplan.enabled(Policy(engines=("aten",), effort="instant")):
+        found, mine = backward(), _kernels(backward)
+    assert stock
+    assert mine == stock
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("mask", [m for m in itertools.product([False, True], repeat=3) if any(m)], ids=str)
 @pytest.mark.parametrize("name", ["2d-each-its-own", "t2d-stride-output-padding", "1d", "3d"])
 def test_only_the_gradients_asked_for_are_computed(name: str, mask: tuple[bool, bool, bool]) -> None:

@@ -119,10 +119,14 @@ class AtenEngine:
             core = _converted(core, problem, policy, layout, via, compute)
         workspace = _workspace_bytes(problem, layout, path, via, compute)
         run = _delivered(core, problem.output)
-        as_torch_does = layout is Layout.AS_GIVEN and path is Path.STOCK and compute is Compute.OWN
-        if problem.op == "fprop" and as_torch_does and _Padding(problem.padding).is_symmetric:
-            run = _fprop_in_one_frame(problem, policy, run)
-        return Built(run=run, workspace_bytes=workspace)
+        plain = layout is Layout.AS_GIVEN and path is Path.STOCK and compute is Compute.OWN
+        as_torch = ""
+        if plain and _Padding(problem.padding).is_symmetric:
+            if problem.op == "fprop":
+                run, as_torch = _fprop_in_one_frame(problem, policy, run), "convolution"
+            elif via is Via.BACKWARD and problem.device == "cpu":  # elsewhere the policy's flags go with the call
+                as_torch = "convolution_backward"
+        return Built(run=run, workspace_bytes=workspace, as_torch=as_torch)
 
 
 Core = Callable[[torch.Tensor, torch.Tensor, "torch.Tensor | None"], torch.Tensor]

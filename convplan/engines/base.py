@@ -126,10 +126,19 @@ class Candidate(msgspec.Struct, frozen=True):
 
 
 class Built(msgspec.Struct, frozen=True):
-    """A candidate that can run: the function, and its workspace in bytes, known for certain now."""
+    """A candidate that can run.
+
+    Args:
+        run: the function.
+        workspace_bytes: scratch memory, known for certain now.
+        as_torch: the entry of torch that `run` calls with the tensors as they are and nothing else, exactly as torch
+            would by itself: `convolution`, `convolution_backward`, or empty. Lets the dispatcher's side make one such
+            call for several plans.
+    """
 
     run: Run
     workspace_bytes: int
+    as_torch: str = ""
 
 
 @runtime_checkable

@@ -191,7 +191,9 @@ def _new_backward(
 
     for_input = _planned(input_problem, raw, spatial) if mask[0] else None
     for_weight = _planned(weight_problem, raw, spatial) if mask[1] else None
-    if for_input is None and for_weight is None:
+    planned = [one for one in (for_input, for_weight) if one is not None]
+    if not planned or (not raw[3] and all(one.settled_as == "convolution_backward" for one in planned)):
+        # One call computes all of it, the bias's gradient too, as it does in stock torch.
         return lambda dy, x, w: stock(dy, x, w, mask)
     over = [0, *range(2, x.dim())]
     bias_too = mask[2]
@@ -254,6 +256,7 @@ class _Planned:
         # Strides of size-1 dimensions choose the layout of what is computed from the result.
         self._strides = strides if 1 in dims else None
         self.run: Run = self._restrided(runner.unwatched or runner)
+        self.settled_as = runner.settled_as
 
     def _restrided(self, run: Run) -> Run:
         strides = self._strides
