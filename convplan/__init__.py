@@ -22,9 +22,11 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from convplan._api import Capture, capture, plan, problem, stats, tune
     from convplan._errors import (
+        CaptureMiss,
         ConvPlanError,
         ConvPlanWarning,
         EngineUnavailable,
+        ErrataError,
         ExecutionFailed,
         NoPlan,
         PlanFileError,
@@ -56,9 +58,11 @@ if TYPE_CHECKING:
 _HOMES = {
     "convplan._api": ("Capture", "capture", "plan", "problem", "stats", "tune"),
     "convplan._errors": (
+        "CaptureMiss",
         "ConvPlanError",
         "ConvPlanWarning",
         "EngineUnavailable",
+        "ErrataError",
         "ExecutionFailed",
         "NoPlan",
         "PlanFileError",
@@ -93,12 +97,14 @@ __all__ = [
     "Built",
     "Candidate",
     "Capture",
+    "CaptureMiss",
     "ConvPlanError",
     "ConvPlanWarning",
     "Engine",
     "EngineConfig",
     "EngineUnavailable",
     "Epilogue",
+    "ErrataError",
     "Evidence",
     "ExecutionFailed",
     "NoPlan",

@@ -6,14 +6,29 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, overload
 
+import msgspec
+
 from convplan import _runtime
 from convplan._errors import SpecError
 from convplan._plan import PlanRecord
 from convplan._policy import Policy
-from convplan._problem import OPS, Op, Problem, padding_pairs, per_dim
+from convplan._problem import (
+    FLOAT_DTYPES,
+    INPUT_DTYPES,
+    OPS,
+    READS,
+    WRITES,
+    Op,
+    Problem,
+    TensorSpec,
+    padding_pairs,
+    per_dim,
+)
 
 if TYPE_CHECKING:
     import torch
+
+    from convplan.torch_ops.adapter import ConvArgs
 
 Progress = Callable[[int, int, "PlanRecord | None"], object]
 
@@ -30,19 +45,26 @@ def problem(
     *,
     transposed: bool = False,
     output_padding: int | Sequence[int] = 0,
+    output_dtype: torch.dtype | None = None,
 ) -> Problem:
     """Describe a convolution of these tensors, or one of its gradients.
+
+    Tensors may also be int8 or fp8, which torch's own convolutions do not take.
 
     Args:
         op: what to compute: `fprop` the convolution itself, `dgrad` the gradient of `x`, `wgrad` the gradient of `w`.
         x: input (N, C, spatial…) of the convolution.
         w: weight (K, C/groups, filter…); of a transposed one (C, K/groups, filter…).
-        bias: (K,) or None; makes a difference to `fprop` only.
+        bias: (K,), of the output's dtype, or None; makes a difference to `fprop` only.
         stride, padding, dilation, groups: as in `convplan.conv2d`, padding entries may be (before, after) pairs.
         transposed, output_padding: describe a transposed convolution, which is planned as a dgrad with roles exchanged.
+        output_dtype: of the tensor that is written: y, or the gradient. int8 tensors give int8, int32 or float32, fp8
+            ones fp8, bfloat16, float16 or float32, all others their own. None: the inputs' (where two fp8 types mix,
+            that of `x`).
 
     Returns:
-        The problem. A gradient's incoming tensor is taken to lie in memory as the convolution's output does.
+        The problem. A gradient's incoming tensor is taken to lie in memory as the convolution's output does, and to
+        have the dtype of `x`.
 
     Raises:
         SpecError: arguments that do not fit together.
@@ -62,10 +84,52 @@ def problem(
         per_dim("output_padding", output_padding, spatial),
         groups,
     )
-    forward = forward_problem(x, w, bias, args)
-    if op == "fprop":
-        return forward
-    return forward.gradients(output_layout(x, w, args))[0 if op == "dgrad" else 1]
+    output = None if output_dtype is None else _dtype_name(output_dtype)
+    if {_dtype_name(x.dtype), _dtype_name(w.dtype)} <= set(FLOAT_DTYPES):
+        forward, layout = forward_problem(x, w, bias, args), output_layout(x, w, args)
+    else:
+        forward, layout = _narrow_forward(x, w, bias, args, output if op == "fprop" else None)
+    found = forward if op == "fprop" else forward.gradients(layout)[0 if op == "dgrad" else 1]
+    return found if output is None else found.with_output_dtype(output)
+
+
+def _narrow_forward(
+    x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None, args: ConvArgs, output: str | None
+) -> tuple[Problem, str]:
+    """The problem of a forward call with int8 or fp8 tensors, and the layout of the tensor that it writes.
+
+    The adapter speaks of calls that torch can run, so it is asked about float32 tensors of the same sizes and strides,
+    without memory; what their problem lacks (dtypes, alignments, the device) comes from the given ones.
+    """
+    import torch
+
+    from convplan.torch_ops.adapter import alignment_bytes, check_same_place, forward_problem, output_layout
+
+    check_same_place(x, w, bias)
+    for name, tensor in (("input", x), ("weight", w)):
+        if _dtype_name(tensor.dtype) not in INPUT_DTYPES:
+            raise SpecError(f"{name} is {tensor.dtype}, expected one of {', '.join(INPUT_DTYPES)}")
+    written = output or _dtype_name(x.dtype)
+    if bias is not None and _dtype_name(bias.dtype) != written:
+        raise SpecError(f"bias is {bias.dtype}, expected torch.{written}, the output's dtype")
+    x_form, w_form, bias_form = (
+        None if one is None else torch.empty_strided(one.shape, one.stride(), dtype=torch.float32, device="meta")
+        for one in (x, w, bias)
+    )
+    assert x_form is not None
+    assert w_form is not None
+    form = forward_problem(x_form, w_form, bias_form, args)
+    specs: dict[str, TensorSpec] = {
+        letter: TensorSpec(spec.dims, spec.strides, _dtype_name(tensor.dtype), alignment_bytes(tensor))
+        for letter, spec, tensor in zip(READS[form.op], form.inputs, (x, w), strict=True)
+    }
+    specs[WRITES[form.op]] = msgspec.structs.replace(form.output, dtype=written)
+    problem = msgspec.structs.replace(form, **specs, device=x.device.type)
+    return problem, output_layout(x_form, w_form, args)
+
+
+def _dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def plan(problem: Problem, policy: Policy | None = None) -> PlanRecord:

@@ -4,11 +4,13 @@
     ├── SpecError (also ValueError)     the problem is malformed
     │   └── PolicyError                 the policy is malformed, or names an engine nobody registered
     ├── NoPlan                          nothing survived              .problem .policy .rejections
-    │   └── ReplayMiss                  replay mode, and the store does not hold the problem
+    │   ├── ReplayMiss                  replay mode, and the store does not hold the problem
+    │   └── CaptureMiss                 met first while a CUDA graph is captured, when nothing may be planned
     ├── PlanRejected                    one engine, one config        .engine .config .reason
     │   └── WrongResult                 its output differs from the reference
     ├── EngineUnavailable               library or device missing     .engine .needs
     ├── ExecutionFailed                 failed while running          .plan .tried
+    ├── ErrataError (also ValueError)   a file of errata is malformed .path .rule .field
     └── StoreError                      plan store or plan file       .path
         ├── StoreBusy                   locked too long               .waited_s
         ├── StoreMismatch               other schema                  .found .expected
@@ -77,6 +79,18 @@ class ReplayMiss(NoPlan):
         )
 
 
+class CaptureMiss(NoPlan):
+    """A problem was met first while a CUDA graph was being captured: building and measuring are not allowed then."""
+
+    def __init__(self, *, problem: str, policy: str, rejections: Sequence[tuple[str, str]] = ()) -> None:
+        super().__init__(problem=problem, policy=policy, rejections=rejections)
+        self.args = (
+            f"no plan is ready for {problem} under {policy}, and none can be made while a CUDA graph is captured. Run "
+            "the same code before the capture (on a side stream, in the same threads), "
+            "or set capture_miss='stock' to capture stock torch's kernel",
+        )
+
+
 class PlanRejected(ConvPlanError):
     """One engine refuses, or fails at, one configuration."""
 
@@ -107,6 +121,22 @@ class ExecutionFailed(ConvPlanError):
         self.plan, self.tried = plan, tuple(tried)
         listed = "".join(f"\n  {config}: {reason}" for config, reason in self.tried)
         super().__init__(f"every plan failed while running {plan}{listed}")
+
+
+class ErrataError(ConvPlanError, ValueError):
+    """A file of errata cannot be read or is malformed: says which rule and field, what was found and what expected.
+
+    Attributes:
+        path: the file.
+        rule: id of the rule, `rules[0]` for one without, empty when it is about the whole file.
+        field: the field, empty when it is about the whole rule or file.
+    """
+
+    def __init__(self, *, path: str, reason: str, rule: str = "", field: str = "") -> None:
+        self._kwargs = {"path": path, "reason": reason, "rule": rule, "field": field}
+        self.path, self.rule, self.field, self.reason = path, rule, field, reason
+        place = ", ".join(text for text in (rule and f"rule {rule}", field and f"field {field}") if text)
+        super().__init__(f"{path}: {place}: {reason}" if place else f"{path}: {reason}")
 
 
 class StoreError(ConvPlanError):

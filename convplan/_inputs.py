@@ -1,7 +1,8 @@
 """Tensors to plan with: made up, never the caller's, in exactly the layout, dtype and alignment of the problem.
 
-Random ones for timing and for comparing with tolerance; small integers whose sums no rounding can touch, for comparing
-exactly. Seeds are fixed, so planning a problem twice sees the same numbers.
+Random ones for timing and for comparing with tolerance, with outputs that stay in their type's range; small integers
+whose sums no rounding can touch, for comparing exactly. For int8 both are integers, and exact. Seeds are fixed, so
+planning a problem twice sees the same numbers.
 """
 
 from __future__ import annotations
@@ -17,6 +18,12 @@ from convplan.engines._support import TORCH_DTYPES
 
 BASE_ALIGNMENT_BYTES = 64  # of torch's CPU allocator; its CUDA allocator aligns to 512
 LARGEST_INTEGER = 2
+RANGE_SHARE = 1 / 8  # of the largest number of the output's type: standard deviation of the outputs, at most
+
+# Significand bits that are kept of a running sum, where hardware keeps fewer than the accumulating type has: tensor
+# cores of the Hopper generation sum fp8 products in 1 + 8 + 13 bits ("Some Matrix Multiplication Engines Are Not As
+# Accurate As We Thought", PyTorch blog).
+SUM_BITS = {"float8_e4m3fn": 14, "float8_e5m2": 14}
 
 Fill = Callable[[torch.Tensor], object]
 
@@ -29,20 +36,58 @@ class Inputs(NamedTuple):
     bias: torch.Tensor | None
 
 
+def exact_limit(problem: Problem) -> float:
+    """Integer sums are exact, in any order, while the sum of their products' magnitudes stays at or below this."""
+    limit = min(DTYPES[problem.output_dtype].exact_to, DTYPES[DTYPES[problem.dtype].accumulate].exact_to)
+    return min(limit, 2.0 ** SUM_BITS[problem.dtype]) if problem.dtype in SUM_BITS else limit
+
+
 def random_inputs(problem: Problem, device: torch.device, seed: int = 0) -> Inputs:
-    """Normally distributed numbers, mean 0 and variance 1."""
+    """Normally distributed numbers of mean 0, or for int8 integers.
+
+    Variance is 1, and less where outputs would leave the range of their type: with n products summed, each output's
+    standard deviation is at most `RANGE_SHARE` of the largest number. Integers are so small that all sums are exact;
+    where that would leave nothing above 2, they are those of `integer_inputs`.
+    """
+    if DTYPES[problem.dtype].is_integer:
+        return _random_integers(problem, device, seed)
     generator = torch.Generator(device=device).manual_seed(seed)
-    return _make(problem, device, lambda flat: flat.normal_(generator=generator))
+    room = RANGE_SHARE * DTYPES[problem.output_dtype].largest
+    scale = min(1.0, math.sqrt(room / math.sqrt(max(problem.n_terms, 1))))
+
+    def fill(flat: torch.Tensor) -> None:
+        if flat.dtype.itemsize > 1:
+            flat.normal_(generator=generator)
+            if scale < 1:
+                flat.mul_(scale)
+        else:  # torch draws no fp8 numbers
+            flat.copy_(torch.randn(flat.shape, generator=generator, device=device).mul_(scale))
+
+    return _make(problem, device, fill)
+
+
+def _random_integers(problem: Problem, device: torch.device, seed: int) -> Inputs:
+    with_bias = problem.n_terms + 1
+    largest = int(min(DTYPES[problem.dtype].largest, math.sqrt(exact_limit(problem) / with_bias)))
+    if largest <= LARGEST_INTEGER:
+        return integer_inputs(problem, device, seed)
+    generator = torch.Generator(device=device).manual_seed(seed)
+
+    def fill(flat: torch.Tensor) -> None:
+        drawn = torch.randint(-largest, largest + 1, flat.shape, generator=generator, device=device, dtype=torch.int8)
+        flat.copy_(drawn)
+
+    return _make(problem, device, fill)
 
 
 def integer_inputs(problem: Problem, device: torch.device, seed: int = 0) -> Inputs:
-    """Integers from -2 to 2, with so many zeros that typical sums stay exact in the problem's dtype.
+    """Integers from -2 to 2, with so many zeros that typical sums stay exact in the problem's dtypes.
 
-    A sum of n products of such numbers is exact in any order while the sum of their magnitudes stays at or below
-    2**significand_bits. The share of non-zeros is chosen for a quarter of that.
+    A sum of products of such numbers is exact in any order while the sum of their magnitudes stays at or below
+    `exact_limit`. The share of non-zeros is chosen for a quarter of that.
     """
     generator = torch.Generator(device=device).manual_seed(seed)
-    room = 2.0 ** DTYPES[problem.dtype].significand_bits / 4
+    room = exact_limit(problem) / 4
     mean_magnitude = 1.5  # of the non-zeros
     share = min(1.0, math.sqrt(room / max(problem.n_terms, 1)) / mean_magnitude)
 
@@ -59,7 +104,7 @@ def _make(problem: Problem, device: torch.device, fill: Fill) -> Inputs:
     first, second = (_tensor(spec, device, fill) for spec in problem.inputs)
     bias = None
     if problem.epilogue.bias:
-        bias = torch.empty(problem.output.dims[1], dtype=TORCH_DTYPES[problem.dtype], device=device)
+        bias = torch.empty(problem.output.dims[1], dtype=TORCH_DTYPES[problem.output_dtype], device=device)
         fill(bias)
     return Inputs(first, second, bias)
 

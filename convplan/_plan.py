@@ -196,9 +196,9 @@ class Plan:
         if (bias is not None) != wanted:
             raise SpecError(f"bias is {'missing' if wanted else 'given'}, the problem says Epilogue(bias={wanted})")
         channels = self.problem.output.dims[1]
-        if bias is not None and (tuple(bias.shape) != (channels,) or _dtype_name(bias) != self.problem.dtype):
+        if bias is not None and (tuple(bias.shape) != (channels,) or _dtype_name(bias) != self.problem.output_dtype):
             raise SpecError(
-                f"bias is {tuple(bias.shape)} {_dtype_name(bias)}, expected ({channels},) {self.problem.dtype}"
+                f"bias is {tuple(bias.shape)} {_dtype_name(bias)}, expected ({channels},) {self.problem.output_dtype}"
             )
 
     def __repr__(self) -> str:
@@ -231,6 +231,12 @@ def _check_tensor(what: str, tensor: torch.Tensor, spec: TensorSpec, device: str
     dims = tuple(tensor.shape)
     if dims != spec.dims or _dtype_name(tensor) != spec.dtype:
         raise SpecError(f"{what} is {dims} {_dtype_name(tensor)}, expected {spec.dims} {spec.dtype}")
+    if device != "cpu" and not any_strides and tensor.data_ptr() % spec.alignment_bytes:
+        # A GPU engine chosen for wider loads would fault, and take the process's CUDA context with it.
+        raise SpecError(
+            f"{what} is at an address that {spec.alignment_bytes} does not divide, expected alignment_bytes "
+            f"{spec.alignment_bytes}; plan a problem for its alignment"
+        )
     if any_strides or tensor.stride() == spec.strides:
         return
     if normalize_strides(dims, tensor.stride()) != spec.strides:

@@ -11,7 +11,8 @@ import datetime
 import functools
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -24,7 +25,7 @@ from convplan._plan import Evidence, Plan, PlanRecord
 from convplan._policy import Effort, Policy
 from convplan._problem import DTYPES, Problem
 from convplan.engines import registry
-from convplan.engines.base import Built, Candidate, Engine, EngineConfig
+from convplan.engines.base import FALLBACK, LAST_RESORT, Built, Candidate, Engine, EngineConfig
 
 if TYPE_CHECKING:
     import torch
@@ -37,6 +38,8 @@ ALWAYS_DROPPED_NOTES = ("DOWN_CONVERT_INPUTS",)  # B9: unless the policy lets th
 FEWER_OPERATIONS = 20  # a method with that many times fewer operations goes first when nothing is timed
 FIRST_RUN_CUTOFF = 4 * CUTOFF  # the first call may hold one-time work; beyond this it is hopeless all the same
 FIRST_RUN_GRACE_US = 20_000.0  # and below this, one-time work can be all of it
+_LATER = {FALLBACK: 1, LAST_RESORT: 2}
+MOST_WORKSPACE_BYTES = 2**40  # more is out of memory without trying
 SAFETY_BYTES = 64 * 2**20  # memory left alone when the limit is what the machine can provide
 
 
@@ -155,20 +158,24 @@ def _ask(engine: Engine, problem: Problem, effort: Effort) -> tuple[Sequence[Can
     return proposals, support.reason or "it proposes no configuration"
 
 
-def _instant_order(problem: Problem, item: _Live) -> tuple[bool, bool]:
-    """Engine order, except that a method with far fewer operations goes first and last resorts go last."""
+def _instant_order(problem: Problem, item: _Live) -> tuple[int, bool]:
+    """Engine order, except that fallbacks and last resorts go last, and on the CPU a method with far fewer operations
+    goes first: a GPU's rates differ by more than that between kinds of arithmetic."""
     flops = item.candidate.flops
-    needs_few = flops is not None and flops * FEWER_OPERATIONS < problem.flops
-    return item.candidate.source == "fallback", not needs_few
+    needs_few = problem.device == "cpu" and flops is not None and flops * FEWER_OPERATIONS < problem.flops
+    return _LATER.get(item.candidate.source, 0), not needs_few
 
 
 def filter_candidates(live: Sequence[_Live], problem: Problem, policy: Policy) -> Stage:
-    """Drop what the policy forbids, by notes and by workspace where that is known before building (B8-B10, B12)."""
+    """Drop what its engine refuses or the policy forbids, by notes and by workspace where that is known before building
+    (B8-B12)."""
     limit = workspace_limit_bytes(problem, policy)
     return _split(live, "filter", lambda item: _forbidden(item.candidate, problem, policy, limit))
 
 
 def _forbidden(candidate: Candidate, problem: Problem, policy: Policy, limit_bytes: int) -> str:
+    if candidate.refused:
+        return candidate.refused
     notes = set(candidate.notes.numerical)
     if policy.deterministic and not candidate.notes.deterministic:
         return "carries NONDETERMINISTIC and the policy asks for deterministic"
@@ -238,19 +245,62 @@ def _prove_and_time(
     if not live:
         return [], []
     device = torch.device(problem.device)
-    with torch.no_grad():
-        verifier = _verifier(problem, device)
+    rejected = _fit_workspace(live, device) if device.type == "cuda" else []
+    live = [item for item in live if not any(item.candidate.config == out.config for out in rejected)]
+    with torch.no_grad(), _cache_emptied(device):
+        verifier = _verifier(problem, device, policy)
         synchronize = functools.partial(torch.cuda.synchronize, device) if device.type == "cuda" else None
-        right, rejected = verify_candidates(live, problem, verifier, clock, synchronize)
+        right, wrong = verify_candidates(live, problem, verifier, clock, synchronize)
         measured, slower = measure_candidates(right, policy, verifier, clock, synchronize)
     ranking = rank(measured, live)
-    return ranking, rejected + slower
+    return ranking, rejected + wrong + slower
 
 
-def _verifier(problem: Problem, device: torch.device) -> Verifier:
+def _fit_workspace(live: Sequence[_Live], device: torch.device) -> list[Evidence]:
+    """Drop candidates whose workspace cannot be had now (B16).
+
+    The largest is tried first, then halves of it; what fits is freed at once, and torch's allocator keeps it at hand
+    for the runs that follow.
+    """
+    import torch
+
+    need = {item.candidate.config: _built(item).workspace_bytes for item in live}
+    room = min(max(need.values(), default=0), MOST_WORKSPACE_BYTES)
+    while room:
+        try:
+            torch.empty(room, dtype=torch.uint8, device=device)
+            break
+        except torch.OutOfMemoryError:
+            room //= 2
+    reason = "out of memory: workspace {} bytes, {} bytes could be allocated"
+    return [
+        item.evidence("measure", reason.format(need[item.candidate.config], room))
+        for item in live
+        if need[item.candidate.config] > room
+    ]
+
+
+@contextmanager
+def _cache_emptied(device: torch.device) -> Iterator[None]:
+    """Have torch's CUDA allocator give back what it keeps, before and after, if torch's setting asks for it (B17)."""
+    import torch
+
+    # Torch asks this of itself around its own benchmarking; CPU builds do not have it.
+    setting = getattr(torch._C, "_cuda_get_conv_benchmark_empty_cache", None)
+    wanted = device.type == "cuda" and setting is not None and bool(setting())
+    if wanted:
+        torch.cuda.empty_cache()
+    try:
+        yield
+    finally:
+        if wanted:
+            torch.cuda.empty_cache()
+
+
+def _verifier(problem: Problem, device: torch.device, policy: Policy) -> Verifier:
     from convplan._verify import Verifier
 
-    return Verifier(problem, device)
+    return Verifier(problem, device, tf32=bool(policy.allow_tf32))
 
 
 def verify_candidates(
@@ -329,7 +379,7 @@ def _peak_flops_per_us(dtype: str, device: str, threads: int) -> float:
         return float("inf")
     import torch
 
-    half = DTYPES[dtype].itemsize_bytes == 2
+    half = DTYPES[dtype].itemsize_bytes <= 2
     matrix = torch.ones(1024, 1024, dtype=torch.float64 if dtype == "float64" else torch.float32)
     times = []
     for _ in range(3):
@@ -406,12 +456,13 @@ def rank(measured: Sequence[tuple[_Live, Measurement]], live: Sequence[_Live]) -
     return [item.evidence(measured=m) for item, m in (*ties, *rest)]
 
 
-def verify_plan(plan: Plan, notes: object = None) -> tuple[float, str]:
+def verify_plan(plan: Plan, notes: object = None, *, tf32: bool = False) -> tuple[float, str]:
     """Run a built plan on made-up tensors and compare it with the reference.
 
     Args:
         plan: any built plan.
         notes: its `Notes` as the record holds them; None: a direct method.
+        tf32: its record's policy allows TF32.
 
     Returns:
         Error over tolerance (at most 1), and how much was compared: `full` or `sample`.
@@ -426,7 +477,7 @@ def verify_plan(plan: Plan, notes: object = None) -> tuple[float, str]:
 
     found = notes if isinstance(notes, Notes) else Notes()
     with torch.no_grad():
-        verifier = Verifier(plan.problem, torch.device(plan.problem.device))
+        verifier = Verifier(plan.problem, torch.device(plan.problem.device), tf32=tf32)
         error = verifier.check(plan.config, found, plan.unchecked_run(*verifier.random, None))
         if found.direct:
             verifier.check_exactly(plan.config, plan.unchecked_run)

@@ -29,6 +29,8 @@ class Policy(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
         effort: `measure` times candidates; `instant` takes the first that the engines' own order proposes.
         mode: `auto`, or `replay`: never tune; a problem that the store lacks is handled as `replay_miss` says.
         replay_miss: `error` raises `ReplayMiss`; `instant` runs an untuned plan.
+        capture_miss: what happens to a problem that is met first while a CUDA graph is captured, when no plan can be
+            built: `stock` captures stock torch's kernel, with a warning; `error` raises `CaptureMiss`.
         engines: names of the engines that may be used, in order of preference. None: all that are registered for use.
         allow_notes: names of numerical notes to let through that are dropped otherwise, e.g. DOWN_CONVERT_INPUTS.
         tune_after: a problem is tuned when it is seen for this many times; until then it runs an instant plan.
@@ -42,6 +44,7 @@ class Policy(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     effort: Effort = "measure"
     mode: Mode = "auto"
     replay_miss: Literal["error", "instant"] = "error"
+    capture_miss: Literal["stock", "error"] = "stock"
     engines: tuple[str, ...] | None = None
     allow_notes: tuple[str, ...] = ()
     tune_after: int = 2
@@ -55,6 +58,7 @@ class Policy(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
         self._check_choice("effort", EFFORTS)
         self._check_choice("mode", ("auto", "replay"))
         self._check_choice("replay_miss", ("error", "instant"))
+        self._check_choice("capture_miss", ("stock", "error"))
         self._check_count("tune_after", 1)
         self._check_count("benchmark_limit", 0)
         if self.workspace_limit_bytes is not None:
@@ -125,7 +129,7 @@ class Policy(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
         """The parts that change which plan is chosen.
 
         Left out: `effort` (kept beside the record and compared by the reader), and what says when and how long to
-        search (`mode`, `replay_miss`, `tune_after`, `budget_s`) and not what is allowed.
+        search (`mode`, `replay_miss`, `capture_miss`, `tune_after`, `budget_s`) and not what is allowed.
         """
         return (
             ("deterministic", self.deterministic),

@@ -25,6 +25,8 @@ Op = Literal["fprop", "dgrad", "wgrad"]
 Layout = Literal["contiguous", "channels_last", "strided"]
 
 OPS: tuple[Op, ...] = ("fprop", "dgrad", "wgrad")
+READS = {"fprop": "xw", "dgrad": "yw", "wgrad": "xy"}  # in the order in which `Plan.run` takes them
+WRITES = {"fprop": "y", "dgrad": "x", "wgrad": "w"}
 MAX_ELEMENTS = 2**48  # more than any machine's memory; keeps arithmetic on untrusted sizes small
 MAX_ALIGNMENT_BYTES = 32
 
@@ -33,16 +35,40 @@ class DtypeInfo(NamedTuple):
     """One row of `DTYPES`."""
 
     itemsize_bytes: int
-    significand_bits: int  # including the hidden one: integers up to 2**bits are exact
-    accumulate: str  # the type products are summed in (B4)
+    significand_bits: int  # including the hidden one, for integers without the sign
+    largest: float  # finite number
+    accumulate: str  # the type that products of two such numbers are summed in (B4)
+    outputs: tuple[str, ...]  # types that may be written when the inputs have this one; none: it is no input's
 
+    @property
+    def is_integer(self) -> bool:
+        """A type of integers."""
+        return self.accumulate == "int32"
+
+    @property
+    def exact_to(self) -> float:
+        """Every integer up to this magnitude is exact."""
+        return min(2.0**self.significand_bits, self.largest)
+
+
+_FP8 = ("float8_e4m3fn", "float8_e5m2")
+_FP8_OUTPUTS = (*_FP8, "bfloat16", "float16", "float32")
 
 DTYPES: dict[str, DtypeInfo] = {
-    "float64": DtypeInfo(8, 53, "float64"),
-    "float32": DtypeInfo(4, 24, "float32"),
-    "bfloat16": DtypeInfo(2, 8, "float32"),
-    "float16": DtypeInfo(2, 11, "float32"),
+    "float64": DtypeInfo(8, 53, 1.7976931348623157e308, "float64", ("float64",)),
+    "float32": DtypeInfo(4, 24, 3.4028234663852886e38, "float32", ("float32",)),
+    # 16-bit inputs with a float32 output: cuDNN builds no plain convolution of that kind (9.19).
+    "bfloat16": DtypeInfo(2, 8, 3.3895313892515355e38, "float32", ("bfloat16",)),
+    "float16": DtypeInfo(2, 11, 65504.0, "float32", ("float16",)),
+    "int8": DtypeInfo(1, 7, 127.0, "int32", ("int8", "int32", "float32")),
+    "float8_e4m3fn": DtypeInfo(1, 4, 448.0, "float32", _FP8_OUTPUTS),
+    "float8_e5m2": DtypeInfo(1, 3, 57344.0, "float32", _FP8_OUTPUTS),
+    "int32": DtypeInfo(4, 31, 2147483647.0, "int32", ()),
 }
+INPUT_DTYPES = tuple(name for name, info in DTYPES.items() if info.outputs)
+# What the convolutions of `torch.nn.functional` are planned for. Torch has none for the other inputs above on most
+# devices; where it has one, as for int8 on the CPU, the results are its own business.
+FLOAT_DTYPES = ("float64", "float32", "bfloat16", "float16")
 
 
 def contiguous_strides(dims: Sequence[int]) -> tuple[int, ...]:
@@ -173,7 +199,8 @@ class Problem(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
         op: `fprop`, `dgrad` or `wgrad`.
         x: input (N, C, spatial…), the output of dgrad.
         w: weight (K, C/groups, filter…), the output of wgrad.
-        y: output (N, K, spatial…).
+        y: output (N, K, spatial…). The two tensors read have one dtype, or both an fp8 one; `DTYPES` says which
+            dtypes the third may have for it. An output that its int8 or fp8 type cannot hold saturates.
         padding: one (before, after) pair for each spatial dimension, in elements.
         stride, dilation: one number >= 1 for each spatial dimension.
         groups: divides C and K.
@@ -181,7 +208,8 @@ class Problem(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
         device: torch device type, `cpu` or `cuda`.
 
     Raises:
-        SpecError: sizes that do not fit together; the message names the field, what was found and what was expected.
+        SpecError: sizes or dtypes that do not fit together; the message names the field, what was found and what was
+            expected.
     """
 
     op: Op
@@ -208,13 +236,32 @@ class Problem(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
         rank = len(self.x.dims)
         if len(self.w.dims) != rank or len(self.y.dims) != rank:
             raise SpecError(f"{self._shapes()}: ranks differ, expected all of rank {rank}, the input's")
-        if not self.x.dtype == self.w.dtype == self.y.dtype:
-            raise SpecError(f"dtypes differ: x {self.x.dtype}, w {self.w.dtype}, y {self.y.dtype}; expected one dtype")
+        self._check_dtypes()
         self._check_window()
         self._check_channels()
         self._check_sizes()
         if self.epilogue.bias and self.op == "wgrad":
             raise SpecError("a wgrad has no bias to add, expected Epilogue(bias=False)")
+
+    def _check_dtypes(self) -> None:
+        first, second, written = (*READS[self.op], WRITES[self.op])
+        one, other, output = (getattr(self, letter).dtype for letter in (first, second, written))
+        found = f"x {self.x.dtype}, w {self.w.dtype}, y {self.y.dtype}"
+        if one != other and not (one in _FP8 and other in _FP8):
+            raise SpecError(
+                f"dtypes differ: {found}; expected one dtype for {first} and {second}, which {self.op} reads "
+                f"({' and '.join(_FP8)} may mix)"
+            )
+        if not DTYPES[one].outputs:
+            raise SpecError(
+                f"dtypes are {found}; expected {first} and {second}, which {self.op} reads, to be one of "
+                f"{', '.join(INPUT_DTYPES)}"
+            )
+        if output not in DTYPES[one].outputs:
+            raise SpecError(
+                f"dtypes are {found}; expected {written}, which {self.op} writes, to be "
+                f"{' or '.join(DTYPES[one].outputs)}"
+            )
 
     def _check_window(self) -> None:
         spatial = len(self.x.dims) - 2
@@ -266,6 +313,7 @@ class Problem(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
         w_dims: Sequence[int],
         *,
         dtype: str = "float32",
+        output_dtype: str | None = None,
         layout: str = "contiguous",
         padding: Sequence[int | Sequence[int]] | int = 0,
         stride: Sequence[int] | int = 1,
@@ -274,7 +322,15 @@ class Problem(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
         epilogue: Epilogue | None = None,
         device: str = "cpu",
     ) -> Problem:
-        """A problem on dense, aligned tensors of one layout, with the output's size worked out."""
+        """A problem on dense, aligned tensors of one layout, with the output's size worked out.
+
+        Args:
+            op, padding, stride, dilation, groups, epilogue, device: as above; a number stands for all dimensions.
+            x_dims, w_dims: of input and weight.
+            dtype: of the two tensors that are read.
+            output_dtype: of the tensor that is written; None: the same.
+            layout: `contiguous` or `channels_last`.
+        """
         x = TensorSpec.dense(x_dims, dtype, layout)
         w = TensorSpec.dense(w_dims, dtype, layout)
         if len(x.dims) != len(w.dims):
@@ -283,11 +339,13 @@ class Problem(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
         pairs = padding_pairs(padding, spatial)
         steps, dilations = per_dim("stride", stride, spatial), per_dim("dilation", dilation, spatial)
         out = output_spatial(x.dims[2:], w.dims[2:], pairs, steps, dilations)
+        tensors = {"x": x, "w": w, "y": TensorSpec.dense((x.dims[0], w.dims[0], *out), dtype, layout)}
+        if output_dtype is not None:
+            written = WRITES.get(op, "y")  # the constructor refuses another op
+            tensors[written] = msgspec.structs.replace(tensors[written], dtype=output_dtype)
         return cls(
             op=op,
-            x=x,
-            w=w,
-            y=TensorSpec.dense((x.dims[0], w.dims[0], *out), dtype, layout),
+            **tensors,
             padding=pairs,
             stride=steps,
             dilation=dilations,
@@ -303,8 +361,21 @@ class Problem(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
 
     @property
     def dtype(self) -> str:
-        """The one dtype of all tensors."""
-        return self.x.dtype
+        """The dtype of the inputs; where two fp8 types mix, the first one's."""
+        return self.y.dtype if self.op == "dgrad" else self.x.dtype
+
+    @property
+    def output_dtype(self) -> str:
+        """The dtype of the output, and of the bias that is added to it."""
+        return self.output.dtype
+
+    def with_output_dtype(self, dtype: str) -> Problem:
+        """The same problem, written in another dtype.
+
+        Raises:
+            SpecError: the inputs' dtype does not allow it.
+        """
+        return msgspec.structs.replace(self, **{WRITES[self.op]: msgspec.structs.replace(self.output, dtype=dtype)})
 
     @property
     def inputs(self) -> tuple[TensorSpec, TensorSpec]:
@@ -324,6 +395,10 @@ class Problem(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
 
         Args:
             layout: of the results; None: the output's, which cannot be told where sizes of 1 leave it open.
+
+        Raises:
+            SpecError: gradients of this forward's dtypes make no problems: an int8 forward that writes int32 has an
+                incoming gradient that cannot be multiplied with int8 tensors.
         """
         given = layout or ("channels_last" if self.output.layout == "channels_last" else "contiguous")
 
@@ -364,7 +439,7 @@ class Problem(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
         return self.inputs[0].nbytes + self.inputs[1].nbytes + self.output.nbytes
 
     def __str__(self) -> str:
-        parts = [f"{self.op}{self.epilogue}", self.dtype, f"x={self.x}", f"w={self.w}", f"y={self.y}"]
+        parts = [f"{self.op}{self.epilogue}", self._dtypes(), f"x={self.x}", f"w={self.w}", f"y={self.y}"]
         if any(map(any, self.padding)):
             parts.append("pad=" + ",".join(str(b) if b == a else f"{b}:{a}" for b, a in self.padding))
         for name, values in (("stride", self.stride), ("dil", self.dilation)):
@@ -373,6 +448,11 @@ class Problem(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
         if self.groups != 1:
             parts.append(f"groups={self.groups}")
         return " ".join([*parts, self.device])
+
+    def _dtypes(self) -> str:
+        """`float32`, `int8->int32`, `float8_e4m3fn,float8_e5m2->bfloat16`."""
+        read = ",".join(dict.fromkeys(spec.dtype for spec in self.inputs))
+        return read if read == self.output_dtype else f"{read}->{self.output_dtype}"
 
 
 def _is_integer(value: object) -> bool:

@@ -20,7 +20,7 @@ import os
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, cast, get_args
 
 import msgspec
 
@@ -42,7 +42,11 @@ MAX_TEXT = 1_000  # characters of a name or a comment
 MAX_QUOTED = 60  # characters of a file's own text in an error
 SCHEMA_PATH = Path(__file__).parent / "schemas" / "problems.schema.json"
 
-FileDtype = Literal["float64", "float32", "tf32", "bfloat16", "float16"]
+FileDtype = Literal["float64", "float32", "tf32", "bfloat16", "float16", "int8", "float8_e4m3fn", "float8_e5m2"]
+FileOutputDtype = Literal[
+    "float64", "float32", "bfloat16", "float16", "int8", "float8_e4m3fn", "float8_e5m2", "int32"
+]  # fmt: skip
+Fp8Dtype = Literal["float8_e4m3fn", "float8_e5m2"]
 FileLayout = Literal["contiguous", "channels_last"]
 
 # Sizes are bounded from below here, for messages that name the field, and from above by TensorSpec.
@@ -64,14 +68,16 @@ class TensorLayout(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     Args:
         strides: in elements, one for each dimension. None: as `layout` says.
         alignment_bytes: largest power of two, at most 32, that divides the address of the first element.
+        dtype: of a tensor that is read, where the two have different fp8 types. None: the entry's.
     """
 
     strides: Annotated[tuple[Size, ...], msgspec.Meta(min_length=3, max_length=5)] | None = None
     alignment_bytes: Count = MAX_ALIGNMENT_BYTES
+    dtype: Fp8Dtype | None = None
 
     def applied_to(self, spec: TensorSpec) -> TensorSpec:
-        """`spec` with these strides and this alignment."""
-        return TensorSpec(spec.dims, self.strides or spec.strides, spec.dtype, self.alignment_bytes)
+        """`spec` with these strides, this alignment and this dtype."""
+        return TensorSpec(spec.dims, self.strides or spec.strides, self.dtype or spec.dtype, self.alignment_bytes)
 
 
 class ProblemEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, omit_defaults=True):
@@ -85,7 +91,8 @@ class ProblemEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
         padding: for each spatial dimension a number, or a (before, after) pair.
         stride, dilation: for each spatial dimension a number.
         groups: divides c and k.
-        dtype: of every tensor; `tf32` is float32 with TF32 allowed.
+        dtype: of the two tensors that are read; `tf32` is float32 with TF32 allowed.
+        output_dtype: of the tensor that is written; None: the same.
         layout: of what is read; what is written follows it as torch has it.
         transposed: a transposed convolution, with torch's meaning of padding, stride, dilation and `output_padding`.
         output_padding: for transposed convolutions; empty for none.
@@ -107,6 +114,7 @@ class ProblemEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     dilation: Counts
     groups: Count
     dtype: FileDtype
+    output_dtype: FileOutputDtype | None = None
     layout: FileLayout = "contiguous"
     transposed: bool = False
     output_padding: Annotated[tuple[Size, ...], msgspec.Meta(max_length=3)] = ()
@@ -181,9 +189,10 @@ class ProblemEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
         """
         dtype = "float32" if self.dtype == "tf32" else self.dtype
         tensors = [TensorSpec.dense(sizes, dtype, self.layout) for sizes in dims]
-        if len(self.spatial) == 1 or (len(self.spatial) == 3 and dtype == "float64"):
-            written = {"fprop": 2, "dgrad": 0, "wgrad": 1}[self.op]
-            tensors[written] = TensorSpec.dense(dims[written], dtype)
+        written = {"fprop": 2, "dgrad": 0, "wgrad": 1}[self.op]
+        contiguous = len(self.spatial) == 1 or (len(self.spatial) == 3 and dtype == "float64")
+        layout = "contiguous" if contiguous else self.layout
+        tensors[written] = TensorSpec.dense(dims[written], self.output_dtype or dtype, layout)
         layouts = (self.input, self.weight, self.output)
         return [spec if own is None else own.applied_to(spec) for spec, own in zip(tensors, layouts, strict=True)]
 
@@ -419,6 +428,7 @@ def _entry(named: NamedProblem) -> ProblemEntry:
         dilation=problem.dilation,
         groups=problem.groups,
         dtype=dtype,
+        output_dtype=None if problem.output_dtype == problem.dtype else cast("Any", problem.output_dtype),
         layout="channels_last" if channels_last else "contiguous",
         transposed=named.transposed,
         output_padding=leftover(problem) if named.transposed else (),
@@ -441,7 +451,8 @@ def _tensor_layout(spec: TensorSpec, assumed: TensorSpec) -> TensorLayout | None
     if spec == assumed:
         return None
     strides = None if spec.strides == assumed.strides else spec.strides
-    return TensorLayout(strides=strides, alignment_bytes=spec.alignment_bytes)
+    dtype = None if spec.dtype == assumed.dtype else cast("Any", spec.dtype)
+    return TensorLayout(strides=strides, alignment_bytes=spec.alignment_bytes, dtype=dtype)
 
 
 # What msgspec says, and how it reads here. The place follows each sentence as " - at `$.problems[3].dtype`".
@@ -450,8 +461,10 @@ _STEP = re.compile(r"([A-Za-z_]\w*)|\[(\d+)\]")
 _CHOICES: dict[str, Sequence[str]] = {
     "op": get_args(Op),
     "dtype": get_args(FileDtype),
+    "output_dtype": get_args(FileOutputDtype),
     "layout": get_args(FileLayout),
 }
+_TENSOR_DTYPE = re.compile(r"\.(input|weight|output)\.dtype$")
 
 
 def _explain(message: str, data: bytes) -> str:
@@ -469,7 +482,8 @@ def _explain(message: str, data: bytes) -> str:
         return f"{prefix}found unknown field {_shorten(repr(named[2]))}, expected one of {fields}"
     found = _found_at(place, data)
     if field in _CHOICES and what.startswith("Invalid enum value"):
-        return f"{prefix}found {found}, expected one of {', '.join(_CHOICES[field])}"
+        choices = get_args(Fp8Dtype) if _TENSOR_DTYPE.search(place) else _CHOICES[field]
+        return f"{prefix}found {found}, expected one of {', '.join(choices)}"
     if not what.startswith("Expected "):
         return f"{prefix}found {found}: {what}"
     expected = re.sub(r", got .*$", "", what.removeprefix("Expected ")).replace("`", "")

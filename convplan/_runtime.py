@@ -19,18 +19,20 @@ import warnings
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
 
 import msgspec
 
 from convplan import _environment
-from convplan._errors import ConvPlanError, ConvPlanWarning, ExecutionFailed, NoPlan, ReplayMiss
+from convplan._errors import CaptureMiss, ConvPlanError, ConvPlanWarning, ExecutionFailed, NoPlan, ReplayMiss
 from convplan._measure import first_line
 from convplan._plan import Evidence, Plan, PlanRecord
 from convplan._planner import plan_problem
 from convplan._policy import EFFORTS, Effort, Policy
 from convplan._problem import Problem
 from convplan.engines import registry
+from convplan.engines.base import LAST_RESORT
 
 if TYPE_CHECKING:
     import torch
@@ -158,17 +160,36 @@ class Local(threading.local):
         self.token = -1
         self.callers = Callers(cache_limit(), self.hits)
 
-    def remember(self, key: Hashable, token: int, caller: Callable[..., Any]) -> None:
+    def remember(self, key: Hashable, token: int, caller: Callable[..., Any], device: int) -> None:
         """Keep a caller; those of an earlier token (another policy, other engines) are dropped first.
 
-        While problems are captured nothing is kept, so that every call is seen.
+        While problems are captured nothing is kept, so that every call is seen; nor while a CUDA graph is, when a
+        caller may stand in for a plan that could not be built.
         """
-        if state.captures:
+        if state.captures or in_graph_capture(device):
             return
         if self.token != token or self.callers.limit != cache_limit():
             self.callers = Callers(cache_limit(), self.hits)
             self.token = token
         self.callers.add(key, caller)
+
+
+def in_graph_capture(device: int) -> bool:
+    """Whether a CUDA graph is being captured on the calling thread's stream; `device` is its index, -1 the CPU."""
+    if device < 0:
+        return False
+    import torch
+
+    return torch.cuda.is_current_stream_capturing()
+
+
+def on_device(device: int) -> AbstractContextManager[object]:
+    """A block in which GPU number `device` is the current one; nothing for the CPU (-1)."""
+    if device < 0:
+        return nullcontext()
+    import torch
+
+    return torch.cuda.device(device)
 
 
 class State:
@@ -373,6 +394,9 @@ def _plan(
         choice.failure = _Failure(exc.problem, exc.policy, exc.rejections, registry.generation)
         raise
     counts.add("planned")
+    if all(evidence.source == LAST_RESORT for evidence in record.ranking):
+        counts.add("fell_back")
+        log.info("nothing but torch's own kernel runs %s", problem)
     if effort != "instant":
         counts.add("tuned")
     if keep:
@@ -417,14 +441,26 @@ def _suffices(record: PlanRecord | None, policy: Policy) -> bool:
 class Runner:
     """Runs one problem by its choice: `runner(first, second, bias, out)`.
 
-    Belongs to one thread. While its choice is provisional, each call counts as one more sighting of the problem.
+    Belongs to one thread and one device. While its choice is provisional, each call counts as one more sighting of the
+    problem. While a CUDA graph is captured nothing is planned, built or counted.
+
+    Args:
+        problem, policy: as for `decide`.
+        device: index of the GPU, -1 for the CPU.
+
+    Raises:
+        NoPlan: as `decide`. CaptureMiss: a CUDA graph is being captured.
     """
 
-    def __init__(self, problem: Problem, policy: Policy) -> None:
+    def __init__(self, problem: Problem, policy: Policy, device: int = -1) -> None:
         self._problem = problem
         self._policy = policy
-        self._choice, self._record = decide(problem, policy)
-        self._take(self._record)
+        self._device = device
+        with on_device(device):
+            if in_graph_capture(device):
+                raise CaptureMiss(problem=str(problem), policy=str(policy))
+            self._choice, self._record = decide(problem, policy)
+            self._take(self._record)
         self._fresh = True
 
     def _take(self, record: PlanRecord) -> None:
@@ -475,13 +511,16 @@ class Runner:
 
     def _look_again(self) -> None:
         """Count one more sighting of a provisional choice; take over the record when another one was chosen."""
-        record = self._choice.record
-        if self._fresh:  # the sighting that made this runner is counted already
-            self._fresh = False
-        elif not self._settled:
-            self._choice, record = decide(self._problem, self._policy)
-        if record is not None and record is not self._record:
-            self._take(record)
+        with on_device(self._device):
+            if in_graph_capture(self._device):
+                return
+            record = self._choice.record
+            if self._fresh:  # the sighting that made this runner is counted already
+                self._fresh = False
+            elif not self._settled:
+                self._choice, record = decide(self._problem, self._policy)
+            if record is not None and record is not self._record:
+                self._take(record)
 
     def _next_ranked(
         self,
@@ -494,11 +533,14 @@ class Runner:
         """Run the best-ranked plan that works, and demote those that failed for the rest of the process (B18, B23)."""
         counts.add("failed")
         failed = {self._plan.config: first_line(exc)}
+        if in_graph_capture(self._device):
+            raise ExecutionFailed(plan=str(self._problem), tried=[(str(self._plan.config), first_line(exc))]) from exc
         for rank, evidence in enumerate(self._record.ranking):
             if evidence.config in failed:
                 continue
             try:
-                plan = self._record.build(rank)
+                with on_device(self._device):
+                    plan = self._record.build(rank)
                 result = plan.unchecked_run(first, second, bias, out)
             except Exception as next_exc:  # same as above: try the one after
                 failed[evidence.config] = first_line(next_exc)

@@ -8,7 +8,11 @@ wrong.
 
 Tolerance follows the arithmetic, per output, n being the number of products summed:
 
-    eps(dtype) * |ref| + factor * sqrt(n) * eps(accumulate) * conv(|x|, |w|)
+    eps(output) * |ref| + factor * sqrt(n) * eps(accumulate) * conv(|x|, |w|)
+
+Hardware that keeps fewer bits of a running fp8 sum than float32 has (`SUM_BITS`) may lose on top of that
+`SHORT_SUM_FACTOR * eps(those bits) * conv(|x|, |w|)`. Where an output leaves the range of an integer or fp8 type it is
+expected to saturate; the inputs are chosen so that it does not happen. int8 has no tolerance: all is compared exactly.
 
 `factor` is 1 for direct methods. Transform methods spread their error evenly over a whole transform instead of in
 proportion to each output, so they get the largest conv(|x|, |w|) of the output in place of each one's own, and a factor
@@ -25,18 +29,22 @@ from typing import Literal, NamedTuple
 import torch
 
 from convplan._errors import WrongResult
-from convplan._inputs import Inputs, integer_inputs, random_inputs
+from convplan._inputs import SUM_BITS, Inputs, exact_limit, integer_inputs, random_inputs
 from convplan._problem import DTYPES, Problem
-from convplan.engines._support import TORCH_DTYPES
+from convplan.engines._support import TORCH_DTYPES, in_range
 from convplan.engines.base import EngineConfig, Notes, Run
 
 Scope = Literal["full", "sample"]
 
+INTEGERS_ARE_EXACT = "small integers must come out exactly"
 METHOD_FACTORS = {"FFT": 8.0, "WINOGRAD": 16.0}  # largest seen over the test cases: 1.2 for FFT
+TF32_BITS = 11  # of a TensorFloat-32 number's significand
+SHORT_SUM_FACTOR = 4.0  # sums of 32 products at a time, each cut to `SUM_BITS`, err by 0.3 over some thousand products
 GATHER_ELEMENTS = 4_000_000  # numbers gathered for one reference: 32 MB a tensor, about 50 ms
 FULL_ELEMENTS = 8_000_000  # up to here every output is compared
 REFERENCE_FLOPS = 5e8
 MIN_POSITIONS = 16
+PIECE_ELEMENTS = 2**26  # of two outputs compared with each other at once
 ARBITRATED = 32  # places looked at where two candidates disagree
 
 
@@ -110,8 +118,8 @@ class Reference:
             where = outputs[:, 1:] * step + (self._row(taps) * dil - before)  # (M, spatial)
             inside = ((where >= 0) & (where < self._row(p.x.dims[2:]))).all(1)
             places = (outputs[:, 0], channel, *where.clamp(min=0).minimum(self._row(p.x.dims[2:]) - 1).unbind(1))
-            x = self._inputs.first[places].double() * inside
-            products = x * self._inputs.second[:, k].reshape(-1).double()
+            x = _picked(self._inputs.first, places) * inside
+            products = x * self._inputs.second[:, k].double().reshape(-1)
             sums.append(products.sum())
             magnitudes.append(products.abs().sum())
         return Values(torch.stack(sums), torch.stack(magnitudes))
@@ -125,8 +133,7 @@ class Reference:
         offsets = samples[:, None] * strides[0] + (places * strides[2:]).sum(-1)  # (P, T)
         channels = torch.arange(tensor.shape[1], device=self._device) * strides[1]
         flat = tensor.as_strided((_span(tensor),), (1,), tensor.storage_offset())
-        picked = flat[offsets[:, None, :] + channels[None, :, None]]
-        return picked.double() * inside[:, None, :]
+        return _picked(flat, offsets[:, None, :] + channels[None, :, None]) * inside[:, None, :]
 
     def choose(self, seed: int = 0) -> tuple[torch.Tensor, Scope]:
         """Positions to compare: all of them when that is cheap, else corners and random ones."""
@@ -155,6 +162,34 @@ def _span(tensor: torch.Tensor) -> int:
     return 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
 
 
+def _raw(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor, of a type that all of torch's kernels know: where it is fp8, a view of its bytes."""
+    return tensor.view(torch.uint8) if tensor.is_floating_point() and tensor.dtype.itemsize == 1 else tensor
+
+
+def _picked(tensor: torch.Tensor, index: torch.Tensor | tuple[torch.Tensor, ...]) -> torch.Tensor:
+    """Elements of a tensor of any type, in float64."""
+    return _raw(tensor)[index].view(tensor.dtype).double()
+
+
+def _differ(one: torch.Tensor, other: torch.Tensor, slack: float, relative: float) -> torch.Tensor:
+    """Where two outputs are further apart than `slack` plus a share of the second one, or one of them is not finite."""
+    rows = max(1, PIECE_ELEMENTS * len(one) // max(one.numel(), 1))
+    return torch.cat(
+        [_differ_here(*pair, slack, relative) for pair in zip(one.split(rows), other.split(rows), strict=True)]
+    )
+
+
+def _differ_here(one: torch.Tensor, other: torch.Tensor, slack: float, relative: float) -> torch.Tensor:
+    if not one.is_floating_point():
+        return one != other  # integers have no tolerance
+    if one.dtype.itemsize == 1:  # few of torch's kernels know fp8
+        one, other = one.float(), other.float()
+    excess = (one - other).abs() - relative * other.abs()
+    # NaN compares false with everything, so it is looked for by name, on both sides.
+    return (excess > slack) | ~one.isfinite() | ~other.isfinite()
+
+
 def _shares_memory(one: torch.Tensor, other: torch.Tensor) -> bool:
     return one.untyped_storage().data_ptr() == other.untyped_storage().data_ptr()
 
@@ -168,8 +203,9 @@ def _products(left: torch.Tensor, right: torch.Tensor) -> Values:
 class Verifier:
     """Checks the candidates of one problem, one after the other. Computes the references once, when first needed."""
 
-    def __init__(self, problem: Problem, device: torch.device, seed: int = 0) -> None:
+    def __init__(self, problem: Problem, device: torch.device, seed: int = 0, *, tf32: bool = False) -> None:
         self.problem = problem
+        self._tf32 = tf32 and device.type == "cuda" and problem.dtype == "float32"
         self.random = random_inputs(problem, device, seed)
         self._reference = Reference(problem, self.random)
         self._positions, self.scope = self._reference.choose(seed)
@@ -208,18 +244,17 @@ class Verifier:
         if self._integers is None:
             inputs = integer_inputs(self.problem, self._device, self._seed + 1)
             values = Reference(self.problem, inputs).at(self._positions)
-            limit = 2.0 ** DTYPES[self.problem.dtype].significand_bits
-            self._integers = (inputs, values.sums, values.magnitudes <= limit)
+            self._integers = (inputs, values.sums, values.magnitudes <= exact_limit(self.problem))
         inputs, expected, exact = self._integers
         out = run(*inputs, None)
         if self._last_out is not None and _shares_memory(out, self._last_out):
             raise self._wrong(config, "it handed out the memory of an earlier result again")
         found = self._pick(out, self._positions)
-        wrong = exact & (found.double() != expected)
+        wrong = exact & (found != expected)
         if bool(wrong.any()):
             where = self._place(int(wrong.flatten().nonzero()[0]), wrong)
             value, wanted = float(found[wrong][0]), float(expected[wrong][0])
-            raise self._wrong(config, f"small integers must come out exactly: output{where} is {value}, not {wanted}")
+            raise self._wrong(config, f"{INTEGERS_ARE_EXACT}: output{where} is {value}, not {wanted}")
 
     def _check_form(self, config: EngineConfig, out: torch.Tensor) -> None:
         spec = self.problem.output
@@ -232,7 +267,9 @@ class Verifier:
         if any(_shares_memory(out, tensor) for tensor in inputs):
             raise self._wrong(config, "its output is a view of an input")
         written = [
-            (tensor, kept) for tensor, kept in zip(inputs, self._kept, strict=True) if not torch.equal(tensor, kept)
+            (tensor, kept)
+            for tensor, kept in zip(inputs, self._kept, strict=True)
+            if not torch.equal(_raw(tensor), _raw(kept))
         ]
         for tensor, kept in written:
             tensor.copy_(kept)
@@ -240,29 +277,52 @@ class Verifier:
             raise self._wrong(config, "it wrote to its inputs")
 
     def _pick(self, out: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """Outputs at some positions, in float64."""
         if self.problem.op == "wgrad":
-            return out[tuple(positions.unbind(1))]
-        return out.movedim(1, -1)[tuple(positions.unbind(1))]
+            return _picked(out, tuple(positions.unbind(1)))
+        return _picked(out.movedim(1, -1), tuple(positions.unbind(1)))
+
+    @property
+    def _exact(self) -> bool:
+        """Nothing is rounded: the inputs are integers."""
+        return DTYPES[self.problem.dtype].is_integer
 
     def _allowed(self, notes: Notes, values: Values) -> torch.Tensor:
+        """How far off each output may be; zero where nothing is rounded."""
+        if self._exact:
+            return torch.zeros_like(values.sums)
         info = DTYPES[self.problem.dtype]
-        eps_out, eps_sum = 2.0 ** (1 - info.significand_bits), 2.0 ** (1 - DTYPES[info.accumulate].significand_bits)
+        eps_out = 2.0 ** (1 - DTYPES[self.problem.output_dtype].significand_bits)
+        eps_sum = 2.0 ** (1 - DTYPES[info.accumulate].significand_bits)
         factor = max((METHOD_FACTORS[note] for note in notes.numerical if note in METHOD_FACTORS), default=1.0)
+        share = factor * math.sqrt(self.problem.n_terms) * eps_sum
+        if self.problem.dtype in SUM_BITS:
+            share += SHORT_SUM_FACTOR * 2.0 ** (1 - SUM_BITS[self.problem.dtype])
+        if self._tf32:
+            share += 2.0 ** (1 - TF32_BITS)  # both factors of each product are cut
         magnitudes = values.magnitudes if notes.direct else values.magnitudes.max()
-        allowed = eps_out * values.sums.abs() + factor * math.sqrt(self.problem.n_terms) * eps_sum * magnitudes
-        return allowed + torch.finfo(TORCH_DTYPES[self.problem.dtype]).tiny
+        if self._device.type == "cuda" and self.random.bias is not None:
+            # As in torch, the sum is rounded to the output's type before the bias is added to it.
+            magnitudes = magnitudes + self.random.bias.double().abs() * (eps_out / share)
+        smallest = torch.finfo(TORCH_DTYPES[self.problem.output_dtype]).tiny
+        if DTYPES[self.problem.output_dtype].itemsize_bytes == 1:
+            smallest *= eps_out  # nobody flushes the small numbers of fp8 to zero: there are too few others
+        return eps_out * values.sums.abs() + share * magnitudes + smallest
 
     def _compare(
         self, config: EngineConfig, notes: Notes, found: torch.Tensor, values: Values, positions: torch.Tensor
     ) -> float:
-        difference = (found.double() - values.sums).abs()
-        ratio = difference / self._allowed(notes, values)
+        expected = in_range(values.sums, self.problem.output_dtype)
+        difference = (found - expected).abs()
+        ratio = torch.where(difference == 0, 0.0, difference / self._allowed(notes, values))
         ratio = torch.where(found.isfinite(), ratio, math.inf)
         worst = int(ratio.argmax())
         error = float(ratio.flatten()[worst])
         if not error <= 1.0:
             place = self._place(worst, ratio, positions)
-            value, wanted = float(found.flatten()[worst]), float(values.sums.flatten()[worst])
+            value, wanted = float(found.flatten()[worst]), float(expected.flatten()[worst])
+            if self._exact:
+                raise self._wrong(config, f"{INTEGERS_ARE_EXACT}: output{place} is {value}, not {wanted}")
             raise self._wrong(
                 config, f"output{place} is {value:.6g}, the reference {wanted:.6g}: {error:.3g} x tolerance"
             )
@@ -283,12 +343,9 @@ class Verifier:
             self._trusted = (config, notes, out)
             return
         trusted_config, trusted_notes, trusted = self._trusted
-        info = DTYPES[self.problem.dtype]
         slack = float((self._allowed(notes, self._values) + self._allowed(trusted_notes, self._values)).max())
-        relative = 2.0 ** (2 - info.significand_bits)
-        excess = (out - trusted).abs() - relative * trusted.abs()
-        # NaN compares false with everything, so it is looked for by name, on both sides.
-        suspicious = (excess > slack) | ~out.isfinite() | ~trusted.isfinite()
+        relative = 0.0 if self._exact else 2.0 ** (2 - DTYPES[self.problem.output_dtype].significand_bits)
+        suspicious = _differ(out, trusted, slack, relative)
         if not bool(suspicious.any()):
             return
         places = suspicious.nonzero()[:ARBITRATED]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -167,6 +168,7 @@ def test_help_lists_every_command(run: Run) -> None:
         pytest.param(("import", "nofile.json"), id="nothing-to-import"),
         pytest.param(("explain",), id="no-key"),
         pytest.param(("demo", "opera"), id="unknown-workload"),
+        pytest.param(("doctor", "--out", "gpu.json"), id="out-of-nothing"),
         pytest.param(("clear",), id="neither-yes-nor-dry-run"),
         pytest.param(("clear", "--yes", "--dry-run"), id="both-yes-and-dry-run"),
     ],
@@ -278,7 +280,7 @@ def test_a_problem_that_nothing_runs_does_not_stop_the_others(run: Run, problems
 @pytest.mark.parametrize(
     ("option", "value", "message"),
     [
-        ("--engines", "atem", "unknown engine 'atem'; registered engines: aten"),
+        ("--engines", "atem", "unknown engine 'atem'; registered engines: cudnn, aten"),
         ("--budget-s", "0", "budget_s is 0.0"),
         ("--workspace-limit", "64 potatoes", "found '64 potatoes', expected a number of bytes"),
         ("--workspace-limit", "-1", "expected a number of bytes"),
@@ -581,6 +583,81 @@ def test_doctor_works_when_torch_is_missing(run: Run, monkeypatch: pytest.Monkey
     assert ran.code == 1
     assert "Something that convplan needs is missing:" in ran.out
     assert "  torch: " in ran.out
+
+
+def _cudnn_section(ran: Ran) -> dict[str, Any]:
+    return {finding["name"]: finding for finding in ran.json["findings"] if finding["section"] == "cudnn"}
+
+
+@pytest.mark.behaviour("B32")
+def test_doctor_says_which_cudnn_is_used_and_with_what(run: Run) -> None:
+    ran = run("doctor", "--json")
+    assert ran.code == 0
+    found = _cudnn_section(ran)
+    if found["used"]["value"].startswith("none: "):
+        pytest.skip("cuDNN is not installed")
+    assert re.match(r"9\.\d+\.\d+ from (torch|wheel|system): /.*libcudnn\.so\.9", found["used"]["value"])
+    for name in ("graph", "heuristic", "engines_precompiled"):
+        assert found[f"libcudnn_{name}.so.9"]["value"].startswith("/")
+    assert any(name.startswith("libnvrtc.so.") for name in found)
+    if torch.version.cuda is None:
+        assert {finding["status"] for finding in found.values()} == {"ok"}, "what a CPU does not need is no warning"
+
+
+@pytest.mark.behaviour("B32")
+def test_doctor_says_what_it_found_when_that_cannot_be_used(
+    run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from convplan.cli import doctor
+    from convplan.engines.cudnn import library
+
+    (tmp_path / "libcudnn.so.8").write_text("old")
+    places = f"lambda: (library.Place('system', __import__('pathlib').Path({str(tmp_path)!r})),)"
+    patched = "from convplan.engines.cudnn import library\nlibrary._resident = lambda name: None\n"
+    patched += f"library.places = {places}\n"
+    monkeypatch.setattr(library, "places", lambda: (library.Place("system", tmp_path),))
+    monkeypatch.setattr(doctor, "_LOAD_CUDNN", patched + doctor._LOAD_CUDNN)
+    ran = run("doctor", "--json")
+    assert ran.code == 0, "convplan works without"
+    found = _cudnn_section(ran)
+    assert (
+        found["in system"]["value"]
+        == f"{tmp_path}: found libcudnn.so.8, expected libcudnn.so.9, version 9.1.0 or newer"
+    )
+    assert found["in system"]["status"] == "warning"
+    assert found["used"]["value"].startswith("none: cuDNN 9.1.0 or newer (libcudnn.so.9), found: ")
+    assert found["used"]["status"] == "warning"
+    assert "pip install nvidia-cudnn" in found["used"]["fix"]
+
+
+def test_doctor_survives_a_cudnn_that_kills(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    from convplan.cli import doctor
+
+    monkeypatch.setattr(doctor, "_LOAD_CUDNN", "import os\nos.abort()")
+    ran = run("doctor", "--json")
+    assert ran.code == 0
+    assert _cudnn_section(ran)["used"]["value"] == "none: loading it ends the process with SIGABRT"
+
+
+@pytest.mark.behaviour("C7")
+def test_doctor_writes_the_properties_of_a_gpu_or_says_why_not(run: Run, tmp_path: Path) -> None:
+    from convplan.engines.cudnn.device import Device
+
+    file = tmp_path / "gpu.json"
+    ran = run("doctor", "--device-properties", "--out", str(file))
+    if torch.cuda.is_available():
+        assert ran.code == 0
+        device = Device.from_properties(file)
+        assert ran.out.startswith(f"{file}: {device.name}, compute capability {device.compute_capability}, as cuDNN 9.")
+        assert Device.from_properties(run("doctor", "--device-properties").out.strip().encode()) == device
+        assert run("doctor", "--device-properties", "--out", str(tmp_path / "no" / "gpu.json")).code == 1
+    else:
+        assert ran.code == 1
+        assert ran.out == ""
+        assert "error: engine 'cudnn' is not available: an NVIDIA GPU" in ran.err
+        assert not file.exists()
+        error = run("doctor", "--device-properties", "--json").json["error"]
+        assert error["type"] == "EngineUnavailable"
 
 
 # ---- demo

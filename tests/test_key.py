@@ -13,6 +13,7 @@ from typing import Any
 import msgspec
 import pytest
 import torch
+from helpers.cases import DTYPE_PAIRS
 from helpers.plans import HERE, run_python
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -39,6 +40,11 @@ def restrided(spec: TensorSpec, layout: str) -> TensorSpec:
 
 def replaced(problem: Problem, **changes: Any) -> Problem:
     return msgspec.structs.replace(problem, **changes)
+
+
+def retyped(x: str, w: str, y: str) -> dict[str, TensorSpec]:
+    """The tensors of `PROBLEM` with other dtypes."""
+    return {n: TensorSpec.dense(getattr(PROBLEM, n).dims, dtype) for n, dtype in zip("xwy", (x, w, y), strict=True)}
 
 
 # What must change a key
@@ -89,10 +95,19 @@ OTHER_PROBLEMS = [
     pytest.param(replaced(PROBLEM, device="cuda"), id="device"),
     *(
         pytest.param(
-            replaced(PROBLEM, **{n: TensorSpec.dense(getattr(PROBLEM, n).dims, dtype) for n in "xwy"}),
-            id=f"dtype-{dtype}",
+            replaced(PROBLEM, **retyped(dtype, dtype, output)),
+            id=f"dtype-{dtype}" + (f"-to-{output}" if output != dtype else ""),
         )
-        for dtype in ("float64", "bfloat16", "float16")
+        for dtype, output in DTYPE_PAIRS
+        if dtype != "float32"
+    ),
+    *(
+        pytest.param(replaced(PROBLEM, **retyped(*dtypes)), id="-".join(dtypes))
+        for dtypes in (
+            ("float8_e4m3fn", "float8_e5m2", "float32"),
+            ("float8_e5m2", "float8_e4m3fn", "float32"),
+            ("float8_e5m2", "float8_e4m3fn", "float8_e4m3fn"),
+        )
     ),
 ]
 
@@ -165,8 +180,23 @@ def test_no_field_is_forgotten() -> None:
     for letter in "xwy":
         assert {f"{letter}.{name}" for name in TensorSpec.__struct_fields__} <= labels
     assert {f"epilogue.{name}" for name in Epilogue.__struct_fields__} <= labels
-    left_out = {"effort", "mode", "replay_miss", "tune_after", "budget_s"}
+    left_out = {"effort", "mode", "replay_miss", "capture_miss", "tune_after", "budget_s"}
     assert {label for label, _ in POLICY.key_items()} == set(Policy.__struct_fields__) - left_out
+
+
+# Stored plans are found by these: should one change, KEY_SCHEMA must go up with it.
+STORED = {
+    "float64": "89519073929882a1dd3875af22aca61e",
+    "float32": "6caeb03e8debc66cfcf2254b0f76e933",
+    "bfloat16": "0b3ad11da2241772fe8ed6bf89c1b510",
+    "float16": "76063d15ac096ab9af2f7aa7e18a4c78",
+}
+
+
+@pytest.mark.parametrize("dtype", STORED)
+def test_plans_of_key_schema_1_keep_their_keys(dtype: str) -> None:
+    assert _key.KEY_SCHEMA == 1
+    assert key(replaced(PROBLEM, **retyped(dtype, dtype, dtype))) == STORED[dtype]
 
 
 # What must not
@@ -176,6 +206,7 @@ SAME_POLICIES = [
     pytest.param({"budget_s": 0.125}, id="budget"),
     pytest.param({"mode": "replay"}, id="mode"),
     pytest.param({"replay_miss": "instant"}, id="replay-miss"),
+    pytest.param({"capture_miss": "error"}, id="capture-miss"),
     pytest.param({"effort": "instant"}, id="effort"),
     pytest.param({"engines": None, "allow_notes": []}, id="empty-notes"),
 ]

@@ -294,7 +294,7 @@ def test_an_engine_that_raises_when_asked_costs_that_engine_only(
 
 
 def test_an_engine_nobody_registered_is_the_users_mistake(planned: Planned) -> None:
-    with pytest.raises(PolicyError, match="unknown engine 'mine'; registered engines: aten"):
+    with pytest.raises(PolicyError, match="unknown engine 'mine'; registered engines: cudnn, aten"):
         planned()
 
 

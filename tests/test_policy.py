@@ -45,6 +45,7 @@ REFUSED = [
     pytest.param({"allow_tf32": 2}, "allow_tf32 is 2, expected True, False or None", id="number-flag"),
     pytest.param({"effort": "max"}, "effort is 'max', expected one of instant, measure", id="effort"),
     pytest.param({"mode": "off"}, "mode is 'off', expected one of auto, replay", id="mode"),
+    pytest.param({"capture_miss": "warn"}, "capture_miss is 'warn', expected one of stock, error", id="capture-miss"),
     pytest.param({"replay_miss": "warn"}, "replay_miss is 'warn', expected one of error, instant", id="replay-miss"),
     pytest.param({"tune_after": 0}, "tune_after is 0, expected an integer >= 1", id="tune-after-0"),
     pytest.param({"tune_after": 1.5}, "tune_after is 1.5, expected an integer >= 1", id="tune-after-float"),

@@ -20,8 +20,13 @@ from hypothesis import strategies as st
 from convplan import Epilogue, Problem, SpecError, TensorSpec
 from convplan._problem import (
     DTYPES,
+    FLOAT_DTYPES,
+    INPUT_DTYPES,
     MAX_ELEMENTS,
     OPS,
+    READS,
+    WRITES,
+    Op,
     channels_last_strides,
     contiguous_strides,
     normalize_strides,
@@ -32,6 +37,7 @@ from convplan._problem import (
 
 CONV = {1: torch.nn.functional.conv1d, 2: torch.nn.functional.conv2d, 3: torch.nn.functional.conv3d}
 FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
+FP8 = ("float8_e4m3fn", "float8_e5m2")
 ENOUGH = settings(deadline=None, max_examples=50)
 
 
@@ -52,8 +58,18 @@ def layouts(draw: st.DrawFn, dims: tuple[int, ...]) -> tuple[int, ...]:
 
 
 @st.composite
-def problems(draw: st.DrawFn, smallest: int = 1, layout: str | None = None) -> Problem:
-    """Any valid problem with small sizes; `smallest` 0 lets the batch be empty."""
+def dtypes(draw: st.DrawFn, op: Op, choice: tuple[str, ...]) -> dict[str, str]:
+    """The dtype of each tensor, by its letter."""
+    one = draw(st.sampled_from(choice))
+    other = draw(st.sampled_from(FP8)) if one in FP8 else one
+    return dict(zip(READS[op], (one, other), strict=True)) | {WRITES[op]: draw(st.sampled_from(DTYPES[one].outputs))}
+
+
+@st.composite
+def problems(
+    draw: st.DrawFn, smallest: int = 1, layout: str | None = None, choice: tuple[str, ...] = INPUT_DTYPES
+) -> Problem:
+    """Any valid problem with small sizes; `smallest` 0 lets the batch be empty, `choice` is of the inputs' dtypes."""
     spatial = draw(st.integers(1, 3))
     groups = draw(st.integers(1, 3))
     op = draw(st.sampled_from(OPS))
@@ -66,18 +82,18 @@ def problems(draw: st.DrawFn, smallest: int = 1, layout: str | None = None) -> P
     reach = [dil * (tap - 1) + 1 for dil, tap in zip(dilation, taps, strict=True)]
     sizes = [max(1, far - sum(pair)) + draw(st.integers(0, 3)) for far, pair in zip(reach, padding, strict=True)]
     out = output_spatial(sizes, taps, padding, stride, dilation)
-    dtype = draw(st.sampled_from(sorted(DTYPES)))
+    names = draw(dtypes(op, choice))
 
-    def spec(*dims: int) -> TensorSpec:
+    def spec(letter: str, *dims: int) -> TensorSpec:
         if layout is not None:
-            return TensorSpec.dense(dims, dtype, layout)
-        return TensorSpec(dims, draw(layouts(dims)), dtype, draw(st.sampled_from((1, 2, 4, 8, 16, 32))))
+            return TensorSpec.dense(dims, names[letter], layout)
+        return TensorSpec(dims, draw(layouts(dims)), names[letter], draw(st.sampled_from((1, 2, 4, 8, 16, 32))))
 
     return Problem(
         op=op,
-        x=spec(batch, channels, *sizes),
-        w=spec(filters, channels // groups, *taps),
-        y=spec(batch, filters, *out),
+        x=spec("x", batch, channels, *sizes),
+        w=spec("w", filters, channels // groups, *taps),
+        y=spec("y", batch, filters, *out),
         padding=tuple(padding),
         stride=tuple(stride),
         dilation=tuple(dilation),
@@ -154,6 +170,89 @@ def test_each_operation_reads_two_tensors_and_writes_the_third(op: str, inputs: 
     assert problem.dtype == "float32"
 
 
+# Dtypes
+
+# What the inputs and the output may be; every other combination is refused.
+ALLOWED = {
+    "float64": {"float64"},
+    "float32": {"float32"},
+    "bfloat16": {"bfloat16"},
+    "float16": {"float16"},
+    "int8": {"int8", "int32", "float32"},
+    "float8_e4m3fn": {*FP8, "bfloat16", "float16", "float32"},
+    "float8_e5m2": {*FP8, "bfloat16", "float16", "float32"},
+}
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_only_the_listed_dtypes_go_together(op: Op) -> None:
+    shapes = {"x": (2, 3, 8), "w": (4, 3, 3), "y": (2, 4, 6)}
+    for first, second, written in itertools.product(DTYPES, repeat=3):
+        names = dict(zip((*READS[op], WRITES[op]), (first, second, written), strict=True))
+        specs = {letter: spec(*dims, dtype=names[letter]) for letter, dims in shapes.items()}
+        same = first == second or {first, second} <= set(FP8)
+        if same and written in ALLOWED.get(first, ()):
+            problem = Problem(op=op, **specs, padding=((0, 0),), stride=(1,), dilation=(1,))
+            assert (problem.dtype, problem.output_dtype) == (first, written)
+            assert problem.with_output_dtype(first).output_dtype == first
+            assert problem.with_output_dtype(first).with_output_dtype(written) == problem
+            continue
+        with pytest.raises(SpecError, match=f"x {names['x']}, w {names['w']}, y {names['y']}; expected "):
+            Problem(op=op, **specs, padding=((0, 0),), stride=(1,), dilation=(1,))
+
+
+@pytest.mark.parametrize("dtype", ALLOWED)
+def test_a_refused_output_dtype_is_answered_with_the_allowed_ones(dtype: str) -> None:
+    refused = "float64" if dtype != "float64" else "float32"
+    with pytest.raises(SpecError, match=f"w {refused}, .*; expected w, which wgrad writes, to be ") as caught:
+        Problem.dense("wgrad", (2, 3, 8), (4, 3, 3), dtype=dtype, output_dtype=refused)
+    assert set(str(caught.value).partition(" to be ")[2].split(" or ")) == ALLOWED[dtype]
+
+
+def test_nothing_reads_int32() -> None:
+    with pytest.raises(SpecError, match=r"expected x and w, which fprop reads, to be one of float64, .*, float8_e5m2$"):
+        Problem.dense("fprop", (2, 3, 8), (4, 3, 3), dtype="int32")
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_dense_gives_the_output_alone_its_own_dtype(op: Op) -> None:
+    problem = Problem.dense(op, (2, 3, 8), (4, 3, 3), dtype="int8", output_dtype="int32")
+    assert (problem.dtype, problem.output_dtype, problem.output.dtype) == ("int8", "int32", "int32")
+    assert [one.dtype for one in problem.inputs] == ["int8", "int8"]
+    assert problem == Problem.dense(op, (2, 3, 8), (4, 3, 3), dtype="int8").with_output_dtype("int32")
+
+
+@pytest.mark.behaviour("B4")
+def test_products_are_summed_in_a_type_that_fits_them() -> None:
+    sums = {name: DTYPES[name].accumulate for name in INPUT_DTYPES}
+    assert sums.pop("float64") == "float64"
+    assert sums.pop("int8") == "int32"
+    assert set(sums.values()) == {"float32"}
+
+
+@pytest.mark.parametrize("name", DTYPES)
+def test_the_table_of_dtypes_is_torchs(name: str) -> None:
+    info, dtype = DTYPES[name], getattr(torch, name)
+    limits = torch.finfo(dtype) if dtype.is_floating_point else torch.iinfo(dtype)
+    assert (info.itemsize_bytes, info.largest) == (dtype.itemsize, limits.max)
+    assert info.is_integer != dtype.is_floating_point
+    if dtype.is_floating_point:
+        assert 2.0 ** (1 - info.significand_bits) == limits.eps
+    whole = torch.arange(2 if dtype.itemsize > 1 else 1, 1 + min(int(info.exact_to), 3_000), dtype=torch.float64)
+    assert torch.equal(whole.to(dtype).double(), whole)
+    ends = torch.tensor([info.exact_to, -info.exact_to], dtype=torch.float64)
+    assert torch.equal(ends.to(dtype).double(), ends)
+
+
+def test_gradients_of_a_forward_that_writes_another_dtype_are_no_problems() -> None:
+    """What comes back has the output's dtype, and nothing multiplies int32 with int8."""
+    forward = Problem.dense("fprop", (2, 3, 8), (4, 3, 3), dtype="int8", output_dtype="int32")
+    with pytest.raises(SpecError, match="x int8, w int8, y int32; expected one dtype for "):
+        forward.gradients()
+    to_input, to_weight = Problem.dense("fprop", (2, 3, 8), (4, 3, 3), dtype="float8_e5m2").gradients()
+    assert {to_input.output_dtype, to_weight.output_dtype} == {"float8_e5m2"}
+
+
 # Strides
 
 
@@ -228,7 +327,7 @@ SPEC_ERRORS = [
     pytest.param({"dims": (0, 2**48, 2)}, r"at most 2\*\*48 elements", id="too-many-elements-behind-a-zero"),
     pytest.param({"strides": (12, -4, 1)}, r"\(12, -4, 1\), expected 0 <= stride", id="negative-stride"),
     pytest.param({"strides": (2**49, 4, 1)}, r"expected 0 <= stride <= 2\*\*48", id="huge-stride"),
-    pytest.param({"dtype": "int8"}, "'int8', expected one of float64, float32, bfloat16, float16", id="dtype"),
+    pytest.param({"dtype": "uint8"}, "'uint8', expected one of float64, .*, float16, int8, .*, int32", id="dtype"),
     pytest.param({"alignment_bytes": 3}, "is 3, expected a power of two from 1 to 32", id="alignment-3"),
     pytest.param({"alignment_bytes": 64}, "is 64, expected a power of two from 1 to 32", id="alignment-64"),
 ]
@@ -249,7 +348,22 @@ PROBLEM_ERRORS = [
     pytest.param({"w": spec(4, 3, 3)}, r"weight \(4, 3, 3\).*expected all of rank 4, the input's", id="weight-rank"),
     pytest.param({"y": spec(2, 4, 5)}, r"output \(2, 4, 5\).*expected all of rank 4", id="output-rank"),
     pytest.param(
-        {"w": spec(4, 3, 3, 5, dtype="float16")}, "x float32, w float16, y float32; expected one dtype", id="dtypes"
+        {"w": spec(4, 3, 3, 5, dtype="float16")},
+        "x float32, w float16, y float32; expected one dtype for x and w, which fprop reads",
+        id="dtypes",
+    ),
+    pytest.param(
+        {"op": "wgrad", "y": spec(2, 4, 5, 8, dtype="int8")},
+        "y int8; expected one dtype for x and y",
+        id="wgrad-dtypes",
+    ),
+    pytest.param(
+        {"op": "dgrad", "w": spec(4, 3, 3, 5, dtype="int8")}, "w int8, .* for y and w, which dgrad", id="dgrad-dtypes"
+    ),
+    pytest.param(
+        {"y": spec(2, 4, 5, 8, dtype="float16")},
+        "x float32, w float32, y float16; expected y, which fprop writes, to be float32$",
+        id="output-dtype",
     ),
     pytest.param({"padding": 1}, "padding is 1, expected", id="padding-number"),
     pytest.param({"padding": ((1, 1), (0, 1, 2))}, r"padding is .*\(0, 1, 2\)\), expected", id="padding-trio"),
@@ -373,7 +487,11 @@ def test_decoding_runs_the_checks_of_the_constructor(changes: dict[str, Any], me
 def test_text_is_one_line_that_names_the_essentials(problem: Problem) -> None:
     text = str(problem)
     assert "\n" not in text
-    assert text.startswith(f"{problem.op}{'+bias' if problem.epilogue.bias else ''} {problem.dtype} ")
+    start = f"{problem.op}{'+bias' if problem.epilogue.bias else ''} {problem.dtype}"
+    if len({problem.x.dtype, problem.w.dtype, problem.y.dtype}) == 1:
+        assert text.startswith(f"{start} ")
+    else:
+        assert text.startswith((f"{start}->{problem.output_dtype} ", f"{start},{problem.inputs[1].dtype}->"))
     assert text.endswith(f" {problem.device}")
     for one in (problem.x, problem.w, problem.y):
         assert "x".join(map(str, one.dims)) in text
@@ -388,6 +506,12 @@ def test_different_problems_have_different_texts(first: Problem, second: Problem
 
 def test_text_of_a_known_problem() -> None:
     assert str(small()) == "fprop float32 x=2x6x9x11 w=4x3x3x5 y=2x4x5x8 pad=1,0:1 stride=2,1 groups=2 cpu"
+    narrow = Problem.dense("fprop", (2, 3, 8), (4, 3, 3), dtype="int8", output_dtype="int32")
+    assert str(narrow) == "fprop int8->int32 x=2x3x8 w=4x3x3 y=2x4x6 cpu"
+    eight = Problem.dense("dgrad", (2, 3, 8), (4, 3, 3), dtype="float8_e4m3fn")
+    mixed = msgspec.structs.replace(eight, w=spec(4, 3, 3, dtype="float8_e5m2"))
+    assert str(eight).startswith("dgrad float8_e4m3fn x=")
+    assert str(mixed).startswith("dgrad float8_e4m3fn,float8_e5m2->float8_e4m3fn x=")
     strided = TensorSpec((2, 3, 4), (100, 4, 1), "float32", 8)
     assert str(strided) == "2x3x4:100,4,1@8"
     assert str(TensorSpec.dense((2, 3, 4, 5), "float16", "channels_last")) == "2x3x4x5:cl"
@@ -472,9 +596,8 @@ def test_terms_and_operations_are_upper_bounds_where_padding_or_stride_leaves_so
 @given(problem=problems(smallest=0))
 @ENOUGH
 def test_least_bytes_are_those_of_three_tensors(problem: Problem) -> None:
-    itemsize = getattr(torch, problem.dtype).itemsize
-    elements = sum(math.prod(one.dims) for one in (problem.x, problem.w, problem.y))
-    assert problem.least_bytes == elements * itemsize
+    sizes = [math.prod(one.dims) * getattr(torch, one.dtype).itemsize for one in (problem.x, problem.w, problem.y)]
+    assert problem.least_bytes == sum(sizes)
 
 
 EMPTY_CASES = [
@@ -499,7 +622,7 @@ def test_a_problem_is_empty_when_any_tensor_is(
 
 
 @pytest.mark.behaviour("B6")
-@given(problem=problems().filter(lambda one: one.op != "wgrad"))
+@given(problem=problems(choice=FLOAT_DTYPES).filter(lambda one: one.op != "wgrad"))
 @ENOUGH
 def test_gradients_keep_the_geometry_and_lose_the_bias(problem: Problem) -> None:
     to_input, to_weight = problem.gradients()

@@ -86,6 +86,25 @@ def test_tf32_is_float32_with_a_policy_that_allows_it(spelled: str, dtype: str, 
     assert named.policy(Policy(allow_tf32=not tf32)).allow_tf32 is not tf32, "what the user says comes first"
 
 
+@pytest.mark.parametrize(
+    ("dtype", "output"),
+    [("int8", "int32"), ("int8", "float32"), ("float8_e4m3fn", "bfloat16"), ("float8_e5m2", "float8_e4m3fn")],
+)
+@pytest.mark.parametrize(("op", "written"), [("fprop", "y"), ("dgrad", "x"), ("wgrad", "w")])
+def test_the_output_dtype_is_that_of_the_tensor_that_is_written(op: str, written: str, dtype: str, output: str) -> None:
+    own = parse(op=op, dtype=dtype).problem
+    assert {own.x.dtype, own.w.dtype, own.y.dtype} == {dtype}
+    problem = parse(op=op, dtype=dtype, output_dtype=output).problem
+    assert {name: getattr(problem, name).dtype for name in "xwy"} == {**dict.fromkeys("xwy", dtype), written: output}
+    turned = parse(op=op, dtype=dtype, output_dtype=output, transposed=True).problem
+    assert (turned.dtype, turned.output_dtype) == (dtype, output)
+
+
+def test_one_tensor_may_have_the_other_fp8_type() -> None:
+    problem = parse(dtype="float8_e4m3fn", weight={"dtype": "float8_e5m2"}, output_dtype="float32").problem
+    assert [spec.dtype for spec in (problem.x, problem.w, problem.y)] == ["float8_e4m3fn", "float8_e5m2", "float32"]
+
+
 @pytest.mark.parametrize("changes", [{"dtype": "tf32"}, {"dtype": "float16", "device": "cuda"}], ids=["cpu", "fp16"])
 def test_the_policy_is_left_alone_where_tf32_means_nothing(changes: dict[str, Any]) -> None:
     assert parse(**changes).policy(Policy()) == Policy()
@@ -165,6 +184,25 @@ def test_a_transposed_entry_computes_what_torch_does(stride: int, padding: int, 
     ("changes", "message"),
     [
         pytest.param({"dtype": "float8"}, r'problems\[0\]\.dtype: found "float8", expected one of .*tf32', id="dtype"),
+        pytest.param(
+            {"dtype": "int32"}, r'problems\[0\]\.dtype: found "int32", expected one of .*int8', id="never-read"
+        ),
+        pytest.param(
+            {"output_dtype": "tf32"}, r'\.output_dtype: found "tf32", expected one of .*, int32$', id="output-tf32"
+        ),
+        pytest.param(
+            {"output_dtype": "float16"},
+            r"problems\[0\] \('layer'\): .*y float16; expected y, which fprop writes, to be float32$",
+            id="output-dtype",
+        ),
+        pytest.param(
+            {"weight": {"dtype": "int8"}},
+            r'weight\.dtype: found "int8", expected one of float8_e4m3fn, float8_e5m2$',
+            id="tensor-dtype",
+        ),
+        pytest.param(
+            {"weight": {"dtype": "float8_e5m2"}}, r"\('layer'\): dtypes differ: .*w float8_e5m2", id="mixed-dtypes"
+        ),
         pytest.param({"op": "forward"}, r"problems\[0\]\.op: found .*expected one of fprop, dgrad, wgrad", id="op"),
         pytest.param({"n": "2"}, r'problems\[0\]\.n: found "2", expected int', id="text-for-number"),
         pytest.param({"n": 2.0}, r"problems\[0\]\.n: found 2\.0, expected int", id="fraction"),
@@ -281,6 +319,27 @@ PROBLEMS = {
         device="cuda",
     ),
     "empty": Problem.dense("fprop", (0, 6, 9), (4, 6, 3)),
+    "int8": Problem.dense("fprop", (2, 6, 9), (4, 6, 3), dtype="int8", device="cuda"),
+    "int8-int32": Problem.dense(
+        "fprop", (2, 6, 9, 8), (4, 6, 3, 3), dtype="int8", output_dtype="int32", layout="channels_last"
+    ),
+    "int8-gradient": Problem.dense("dgrad", (2, 6, 9), (4, 6, 3), dtype="int8", output_dtype="float32"),
+    "fp8-weights": Problem.dense("wgrad", (2, 6, 9), (4, 6, 3), dtype="float8_e5m2", output_dtype="bfloat16"),
+    "fp8-transposed": Problem.dense(
+        "dgrad", (2, 6, 10), (4, 6, 3), dtype="float8_e4m3fn", output_dtype="float16", epilogue=Epilogue(bias=True)
+    ),
+    **{
+        f"fp8-mixed-{op}-{y}": Problem(
+            op=op,
+            x=TensorSpec((2, 6, 9), (60, 10, 1), "float8_e4m3fn", 1),
+            w=TensorSpec.dense((4, 6, 3), "float8_e5m2"),
+            y=TensorSpec.dense((2, 4, 7), y),
+            padding=((0, 0),),
+            stride=(1,),
+            dilation=(1,),
+        )
+        for op, y in (("fprop", "float32"), ("fprop", "float8_e5m2"), ("dgrad", "float8_e4m3fn"))
+    },
 }
 
 

@@ -178,10 +178,12 @@ EXAMPLES: list[ConvPlanError] = [
     _errors.PolicyError("unknown engine 'warp'"),
     _errors.NoPlan(problem="fprop x=1", policy="Policy()", rejections=REJECTIONS),
     _errors.ReplayMiss(problem="fprop x=1", policy="Policy()", rejections=REJECTIONS),
+    _errors.CaptureMiss(problem="fprop x=1", policy="Policy()", rejections=REJECTIONS),
     _errors.PlanRejected(engine="fft", config="fft[block=8]", reason="too long"),
     _errors.WrongResult(engine="fft", config="fft[block=8]", reason="output[0] is 1, not 2"),
     _errors.EngineUnavailable(engine="cudnn", needs="cuDNN 9.1 or newer, found 8.9.7"),
     _errors.ExecutionFailed(plan="fprop x=1", tried=REJECTIONS),
+    _errors.ErrataError(path="errata.json", rule="no-engine-5", field="engines[0]", reason='found "5", expected int'),
     _errors.StoreError(path="/data/plans.sqlite", reason="disk full"),
     _errors.StoreBusy(path="/data/plans.sqlite", waited_s=2.5),
     _errors.StoreMismatch(path="/data/plans.sqlite", found="9", expected="1"),
@@ -215,7 +217,7 @@ def test_errors_carry_their_data_and_say_it(error: ConvPlanError) -> None:
     for attribute in attributes:
         value = getattr(error, attribute)
         said = [text for pair in value for text in pair] if isinstance(value, tuple) else [f"{value}"]
-        if isinstance(error, convplan.ReplayMiss) and attribute == "rejections":
+        if isinstance(error, (convplan.ReplayMiss, convplan.CaptureMiss)) and attribute == "rejections":
             continue  # nothing was tried
         if attribute == "engine" and getattr(error, "config", ""):
             continue  # the configuration says it

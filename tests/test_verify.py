@@ -13,20 +13,26 @@ from collections.abc import Callable
 import pytest
 import torch
 from helpers import oracle
-from helpers.cases import CASES, Case, case, with_ops
+from helpers.cases import CASES, DTYPE_PAIRS, NARROW_DTYPES, Case, case, with_ops
 
 from convplan import Built, EngineConfig, Notes, Plan, Policy, Problem, TensorSpec, WrongResult, _verify
-from convplan._inputs import Inputs, integer_inputs, random_inputs
+from convplan._inputs import Inputs, exact_limit, integer_inputs, random_inputs
 from convplan._planner import verify_plan
-from convplan._problem import DTYPES, OPS, Op
+from convplan._problem import DTYPES, FLOAT_DTYPES, INPUT_DTYPES, OPS, Op
 from convplan._verify import Reference, Verifier
+from convplan.engines._support import in_range
 from convplan.engines.aten import AtenEngine
+from convplan.engines.fake import FakeCandidate, FakeEngine
 from convplan.engines.fft import FftEngine
 
 CPU = torch.device("cpu")
 ONE, TWO, THREE = (EngineConfig(name) for name in ("one", "two", "three"))
 DIRECT, FFT = Notes(), Notes(numerical=("FFT",))
 BY_RANK = [case("1d-k3"), case("2d-k3"), case("3d-k3")]
+every_pair = pytest.mark.parametrize(("dtype", "output"), [pytest.param(*p, id="-to-".join(p)) for p in DTYPE_PAIRS])
+every_narrow_pair = pytest.mark.parametrize(
+    ("dtype", "output"), [pytest.param(*p, id="-to-".join(p)) for p in NARROW_DTYPES]
+)
 
 
 @pytest.fixture(autouse=True)
@@ -57,7 +63,7 @@ def right_output(problem: Problem, inputs: Inputs) -> torch.Tensor:
 
 def laid_out(spec: TensorSpec, values: torch.Tensor) -> torch.Tensor:
     result = torch.empty_strided(spec.dims, spec.strides, dtype=getattr(torch, spec.dtype))
-    return result.copy_(values)
+    return result.copy_(in_range(values, spec.dtype))
 
 
 def plan_of(problem: Problem, run: Callable[[Inputs], torch.Tensor]) -> Plan:
@@ -80,7 +86,7 @@ def test_reference_is_the_oracle(shape: Case, op: Op) -> None:
     torch.testing.assert_close(as_output(problem, values.magnitudes), expected.magnitude, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("dtype", sorted(DTYPES))
+@pytest.mark.parametrize("dtype", INPUT_DTYPES)
 @pytest.mark.parametrize("op", OPS)
 def test_reference_sums_in_float64_whatever_the_dtype(dtype: str, op: Op) -> None:
     problem = case("groups").problem(op, dtype)
@@ -158,30 +164,34 @@ def without_one_product(problem: Problem, inputs: Inputs, which: tuple[int, ...]
 
 @pytest.mark.behaviour("C3")
 @pytest.mark.parametrize("scope", ["full", "sample"])
-@pytest.mark.parametrize("dtype", sorted(DTYPES))
+@every_pair
 @pytest.mark.parametrize("shape", BY_RANK, ids=lambda c: c.id)
 @pytest.mark.parametrize("op", OPS)
 def test_a_dropped_filter_tap_is_rejected(
-    request: pytest.FixtureRequest, shape: Case, op: Op, dtype: str, scope: str
+    request: pytest.FixtureRequest, shape: Case, op: Op, dtype: str, output: str, scope: str
 ) -> None:
     if scope == "sample":
+        if output.startswith("float8"):
+            output = "bfloat16"  # eight numbers of 3 or 4 bits cannot tell one product of 54 from rounding
         request.getfixturevalue("sampling")
-    problem = shape.problem(op, dtype)
+    problem = shape.problem(op, dtype, output)
+    words = "must come out exactly" if dtype == "int8" else "x tolerance"
     verifier = Verifier(problem, CPU)
     assert verifier.scope == scope
     assert verifier.check(ONE, DIRECT, right_output(problem, verifier.random)) <= 1
     for where in (0, -1):  # the first and the last tap
         wrong = without_one_product(problem, verifier.random, (where,) * problem.spatial_rank)
-        with pytest.raises(WrongResult, match="x tolerance") as caught:
+        with pytest.raises(WrongResult, match=words) as caught:
             verifier.check(TWO, DIRECT, wrong)
         assert (caught.value.engine, caught.value.config) == ("two", "two")
         with pytest.raises(WrongResult):
             verifier.check(TWO, FFT, wrong)
 
 
+@every_pair
 @pytest.mark.parametrize("op", OPS)
-def test_integers_find_a_dropped_tap_too(op: Op) -> None:
-    problem = case("2d-k3").problem(op, "float32")
+def test_integers_find_a_dropped_tap_too(op: Op, dtype: str, output: str) -> None:
+    problem = case("2d-k3").problem(op, dtype, output)
     verifier = Verifier(problem, CPU)
     with pytest.raises(WrongResult, match="small integers must come out exactly"):
         verifier.check_exactly(
@@ -268,8 +278,8 @@ def test_the_reference_condemns_the_first_candidate_when_that_is_the_wrong_one(o
 
 @pytest.mark.usefixtures("sampling")
 def test_honest_candidates_that_round_differently_are_not_condemned() -> None:
-    for dtype, op in itertools.product(sorted(DTYPES), OPS):
-        problem = case("2d-k3").problem(op, dtype)
+    for (dtype, output), op in itertools.product(DTYPE_PAIRS, OPS):
+        problem = case("2d-k3").problem(op, dtype, output)
         verifier = Verifier(problem, CPU)
         answer = oracle.answer(problem, verifier.random)
         for number, share in enumerate((-0.4, 0.4, 0.0)):
@@ -388,27 +398,30 @@ def test_sums_in_a_narrower_type_fail_on_integers() -> None:
     verifier.check_exactly(ONE, lambda first, second, bias, out: right_output(problem, Inputs(first, second, bias)))
 
 
-@pytest.mark.parametrize("dtype", sorted(DTYPES))
+@every_pair
 @pytest.mark.parametrize("terms", [27, 3_000, 30_000])
-def test_integers_are_chosen_so_that_their_sums_are_exact(dtype: str, terms: int) -> None:
-    problem = Problem.dense("fprop", (2, terms // 3, 5), (4, terms // 3, 3), dtype=dtype)
+def test_integers_are_chosen_so_that_their_sums_are_exact(dtype: str, output: str, terms: int) -> None:
+    problem = Problem.dense("fprop", (2, terms // 3, 5), (4, terms // 3, 3), dtype=dtype, output_dtype=output)
     inputs = integer_inputs(problem, CPU)
     for tensor in inputs[:2]:
         assert tensor is not None
-        assert set(tensor.unique().tolist()) <= {-2, -1, 0, 1, 2}
-        assert float(tensor.abs().max()) == 2
+        assert set(tensor.double().unique().tolist()) <= {-2, -1, 0, 1, 2}
+        assert float(tensor.double().abs().max()) == 2
     # Whole numbers of that size are exact in float64, whoever sums them; the loops of the oracle would take seconds.
     x, w = inputs.first.double(), inputs.second.double()
     sums, magnitudes = torch.nn.functional.conv1d(x, w), torch.nn.functional.conv1d(x.abs(), w.abs())
-    assert float((magnitudes <= 2.0 ** DTYPES[dtype].significand_bits).double().mean()) > 0.95
-    assert float((sums != 0).double().mean()) > 0.5  # and still not all of them vanish
+    limit = exact_limit(problem)
+    assert limit <= min(DTYPES[output].largest, 2.0 ** DTYPES[output].significand_bits)
+    assert float((magnitudes <= limit).double().mean()) > 0.95
+    # And still not all of them vanish; where sums beyond 8 are not exact, more of them do.
+    assert float((sums != 0).double().mean()) > (0.5 if limit > 8 else 0.3)
 
 
 # What is let through
 
 
 @pytest.mark.behaviour("B4")
-@pytest.mark.parametrize("dtype", sorted(DTYPES))
+@pytest.mark.parametrize("dtype", FLOAT_DTYPES)
 @pytest.mark.parametrize("op", OPS)
 def test_honest_results_of_every_case_are_within_tolerance(dtype: str, op: Op) -> None:
     engine, policy = AtenEngine(), Policy(deterministic=False, allow_tf32=False)
@@ -420,6 +433,128 @@ def test_honest_results_of_every_case_are_within_tolerance(dtype: str, op: Op) -
         error, scope = verify_plan(plan, candidate.notes)
         assert error <= 1, shape.id
         assert scope == "full", shape.id
+
+
+@pytest.mark.behaviour("B4")
+@every_narrow_pair
+@pytest.mark.parametrize("op", OPS)
+def test_honest_int8_and_fp8_results_pass(dtype: str, output: str, op: Op) -> None:
+    engine, policy = FakeEngine([FakeCandidate(time_us=0.0)]), Policy(deterministic=False, allow_tf32=False)
+    for shape in (c for c in CASES[::3] if op in c.ops):
+        problem = shape.problem(op, dtype, output)
+        config = engine.configs(problem, "measure")[0].config
+        error, scope = verify_plan(Plan(problem, config, engine.build(problem, config, policy)))
+        assert error <= (0 if dtype == "int8" else 1), shape.id
+        assert scope == "full", shape.id
+
+
+@every_narrow_pair
+def test_int8_is_compared_exactly_and_fp8_in_steps_of_the_output(dtype: str, output: str) -> None:
+    problem = case("2d-k3").problem("fprop", dtype, output)
+    verifier = Verifier(problem, CPU)
+    sums = oracle.answer(problem, verifier.random).reference
+    if dtype == "int8":
+        with pytest.raises(WrongResult, match=r"must come out exactly: output\[1, 2, 3, 4\] is"):
+            verifier.check(ONE, DIRECT, one_more(problem, sums, 1.0))
+        return
+    steps = 2.0 ** (1 - DTYPES[output].significand_bits) * sums.abs()
+    assert verifier.check(ONE, DIRECT, laid_out(problem.output, sums + 0.4 * steps)) <= 1
+    with pytest.raises(WrongResult, match=r"output\[1, 2, 3, 4\] is .* x tolerance"):
+        verifier.check(ONE, DIRECT, one_more(problem, sums, float(8 * steps[1, 2, 3, 4] + 0.05)))
+
+
+def one_more(problem: Problem, sums: torch.Tensor, added: float) -> torch.Tensor:
+    """The output but for one element."""
+    wrong = sums.clone()
+    wrong[1, 2, 3, 4] += added
+    return laid_out(problem.output, wrong)
+
+
+@pytest.mark.parametrize("output", ["float8_e4m3fn", "bfloat16", "float32"])
+def test_fp8_sums_may_keep_the_fourteen_bits_that_hardware_does_and_not_five(output: str) -> None:
+    problem = Problem.dense("fprop", (1, 1536, 8), (2, 1536, 3), dtype="float8_e4m3fn", output_dtype=output)
+    verifier = Verifier(problem, CPU)
+    x, w = verifier.random.first.double(), verifier.random.second.double()
+    for bits, passes in ((14, True), (5, False)):
+        partial = torch.zeros(problem.y.dims, dtype=torch.float64)
+        for c, tap in itertools.product(range(0, 1536, 32), range(3)):  # 32 products at a time, then cut
+            partial += torch.einsum("ncp,kc->nkp", x[:, c : c + 32, tap : tap + 6], w[:, c : c + 32, tap])
+            step = 2.0 ** (partial.abs().clamp(min=1e-9).log2().floor() - (bits - 1))
+            partial = (partial / step).trunc() * step
+        if passes:
+            assert verifier.check(ONE, DIRECT, laid_out(problem.output, partial)) <= 1
+        else:
+            with pytest.raises(WrongResult, match="x tolerance"):
+                verifier.check(TWO, DIRECT, laid_out(problem.output, partial))
+
+
+@pytest.mark.usefixtures("sampling")
+@every_narrow_pair
+@pytest.mark.parametrize("op", OPS)
+def test_every_int8_and_fp8_output_is_compared_with_the_trusted_candidates(dtype: str, output: str, op: Op) -> None:
+    problem = case("2d-k3").problem(op, dtype, output)
+    verifier = Verifier(problem, CPU)
+    right = right_output(problem, verifier.random)
+    sampled = {tuple(row) for row in verifier._positions.tolist()}
+    place = next(row for row in everywhere(problem).tolist()[::-1] if tuple(row) not in sampled)
+    where = tuple(place if op == "wgrad" else [place[0], 1, *place[1:]])
+    wrong = right.double()
+    wrong[where] = 64.0 if float(wrong[where]) < 32 else -64.0
+    verifier.check(ONE, DIRECT, right)
+    with pytest.raises(WrongResult, match=f"output\\[{', '.join(map(str, where))}\\] is -?64"):
+        verifier.check(TWO, DIRECT, laid_out(problem.output, wrong))
+    assert verifier.condemned == {}
+    verifier.check(THREE, DIRECT, right)
+
+
+@pytest.mark.parametrize(("dtype", "largest"), [("int8", 127.0), ("float8_e4m3fn", 448.0), ("float8_e5m2", 57344.0)])
+@pytest.mark.parametrize("terms", [3, 3_000, 300_000])
+def test_made_up_numbers_keep_outputs_in_range(dtype: str, largest: float, terms: int) -> None:
+    problem = Problem.dense("fprop", (1, terms // 3, 6), (4, terms // 3, 3), dtype=dtype)
+    inputs = random_inputs(problem, CPU)
+    sums = torch.nn.functional.conv1d(inputs.first.double(), inputs.second.double())
+    assert float(sums.abs().max()) <= largest
+    assert float(sums.abs().max()) > 1  # and do not vanish either
+    assert float((sums != 0).double().mean()) > 0.5
+
+
+@pytest.mark.parametrize(("output", "least"), [("int32", 100), ("float32", 40), ("int8", 2)])
+def test_int8_inputs_use_the_range_that_their_sums_leave_them(output: str, least: int) -> None:
+    problem = Problem.dense("fprop", (4, 1024, 12), (8, 1024, 3), dtype="int8", output_dtype=output)
+    inputs = random_inputs(problem, CPU)
+    largest = [int(tensor.abs().max()) for tensor in (inputs.first, inputs.second)]
+    assert min(largest) >= least
+    assert max(largest) <= 127
+    magnitudes = torch.nn.functional.conv1d(inputs.first.double().abs(), inputs.second.double().abs())
+    assert float(magnitudes.max()) <= exact_limit(problem)
+
+
+def test_what_a_type_cannot_hold_is_expected_to_saturate() -> None:
+    for dtype, ends in {"int8": (-128.0, 127.0), "float8_e4m3fn": (-448.0, 448.0)}.items():
+        values = torch.tensor([-1e6, 1e6, 3.0], dtype=torch.float64)
+        assert in_range(values, dtype).tolist() == [*ends, 3.0]
+        assert torch.equal(in_range(values, "float16"), values)
+
+
+@pytest.mark.parametrize("dtype", ["int8", "float8_e4m3fn"])
+def test_a_bias_has_the_dtype_of_the_output(dtype: str) -> None:
+    problem = case("bias").problem("fprop", dtype, "float32")
+    for make in (random_inputs, integer_inputs):
+        bias = make(problem, CPU).bias
+        assert bias is not None
+        assert bias.dtype == torch.float32
+        assert float(bias.abs().max()) > 0
+
+
+@pytest.mark.parametrize("dtype", ["int8", "float8_e4m3fn", "float8_e5m2"])
+def test_writing_to_a_narrow_input_is_wrong_and_undone(dtype: str) -> None:
+    problem = case("2d-k3").problem("fprop", dtype)
+    verifier = Verifier(problem, CPU)
+    right, before = right_output(problem, verifier.random), verifier.random.first.double()
+    verifier.random.first.copy_(before + 2)
+    with pytest.raises(WrongResult, match="it wrote to its inputs"):
+        verifier.check(ONE, DIRECT, right)
+    assert torch.equal(verifier.random.first.double(), before)
 
 
 @pytest.mark.parametrize("op", OPS)

@@ -63,11 +63,19 @@ def convplan(
 
 @app.command()
 @command
-def doctor(as_json: AsJson = False) -> Result:
+def doctor(
+    device_properties: Annotated[
+        bool, typer.Option("--device-properties", help="Instead: describe this GPU, to build plans for it elsewhere.")
+    ] = False,
+    out: Annotated[Path | None, typer.Option(dir_okay=False, metavar="FILE", help="Write that JSON here.")] = None,
+    as_json: AsJson = False,
+) -> Result:
     """Say what was found, what is missing, and how to fix it. Works when torch is broken."""
     from convplan.cli import doctor
 
-    return doctor.doctor()
+    if out is not None and not device_properties:
+        raise typer.BadParameter("--out is for --device-properties")
+    return doctor.device_properties(out) if device_properties else doctor.doctor()
 
 
 @app.command()

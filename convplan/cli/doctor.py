@@ -18,11 +18,11 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
-from typing import Literal
+from typing import Any, Literal
 
 import msgspec
 
-from convplan.cli.output import Result
+from convplan.cli.output import CommandError, Result
 from convplan.report import one_line, table
 
 Status = Literal["ok", "warning", "problem"]
@@ -88,6 +88,11 @@ class _Torch:
 
         self._module = torch
 
+    @property
+    def cuda(self) -> bool:
+        """Torch works, and is built for CUDA."""
+        return self._module is not None and self._module.version.cuda is not None
+
     def need(self) -> ModuleType:
         """The module, for probes that cannot do without."""
         if self._module is None:
@@ -104,10 +109,15 @@ Probe = Callable[[_Torch], Iterator[Finding]]
 
 def _import_elsewhere(module: str) -> str:
     """What goes wrong when another process imports the module; empty when nothing does."""
+    return _run_elsewhere(f"import {module}", "importing it")[1]
+
+
+def _run_elsewhere(code: str, what: str) -> tuple[str, str]:
+    """What another process prints, and what goes wrong there; that is empty when nothing does."""
     path = os.pathsep.join(entry for entry in sys.path if entry)
     try:
         done = subprocess.run(
-            [sys.executable, "-c", f"import {module}"],
+            [sys.executable, "-c", code],
             capture_output=True,
             text=True,
             errors="replace",
@@ -116,13 +126,13 @@ def _import_elsewhere(module: str) -> str:
             check=False,
         )
     except subprocess.TimeoutExpired:
-        return f"importing it takes more than {IMPORT_LIMIT_S:.0f} s"
+        return "", f"{what} takes more than {IMPORT_LIMIT_S:.0f} s"
     if done.returncode < 0:
-        return f"importing it ends the process with {signal.Signals(-done.returncode).name}"
+        return "", f"{what} ends the process with {signal.Signals(-done.returncode).name}"
     if done.returncode:
         lines = done.stderr.strip().splitlines()
-        return lines[-1] if lines else f"importing it ends the process with exit code {done.returncode}"
-    return ""
+        return "", lines[-1] if lines else f"{what} ends the process with exit code {done.returncode}"
+    return done.stdout, ""
 
 
 def doctor() -> Result:
@@ -249,6 +259,72 @@ def _package_folders(name: str) -> list[str]:
     return list(spec.submodule_search_locations or ()) if spec is not None else []
 
 
+def _cudnn_library(torch: _Torch) -> Iterator[Finding]:
+    """What the cudnn engine would use: looked for here, loaded in another process, because a broken one may kill."""
+    from convplan.engines.cudnn import library
+
+    def finding(name: str, value: str, status: Status = "ok", fix: str = "") -> Finding:
+        return Finding(section="cudnn", name=name, value=value, status=status, fix=fix)
+
+    cuda = torch.cuda
+    seen = [sighting for sighting in library.find_report() if sighting.trouble != "no libcudnn"]
+    for sighting in seen:
+        if Path(sighting.path).is_absolute() or sighting.trouble:
+            value = sighting.path or f"{sighting.folder}: {sighting.trouble}"
+            yield finding(f"in {sighting.origin}", value, "warning" if sighting.trouble else "ok")
+    # Where torch runs on CUDA, the cuDNN that torch has loaded is the one that is used.
+    printed, trouble = _run_elsewhere(("import torch\n" if cuda else "") + _LOAD_CUDNN, "loading it")
+    found: dict[str, Any] = msgspec.json.decode(printed) if not trouble else {"trouble": trouble}
+    if "trouble" in found:
+        needed = cuda or any(Path(sighting.path).is_absolute() or sighting.trouble for sighting in seen)
+        yield finding("used", f"none: {found['trouble']}", "warning" if needed else "ok", library.HOW_TO_GET)
+        return
+    yield finding("used", f"{found['version']} from {found['origin']}: {found['path']}")
+    for name, path, missing in found["parts"]:
+        yield finding(name, path or f"missing: {missing}", "warning" if missing else "ok")
+    drivers = {"real": "loaded", "none": f"none ({library.DRIVER}): plans can be built for other machines, not run"}
+    driver = found["driver"]
+    yield finding("driver", drivers.get(driver, driver), "warning" if cuda and driver != "real" else "ok")
+
+
+_LOAD_CUDNN = """
+import json, warnings
+from convplan._errors import ConvPlanError
+from convplan.engines.cudnn.library import load
+warnings.simplefilter("ignore")
+try:
+    it = load()
+    found = {"version": it.version_text, "origin": it.origin, "path": it.path, "parts": it.loaded, "driver": it.driver}
+except ConvPlanError as exc:
+    found = {"trouble": getattr(exc, "needs", str(exc))}
+print(json.dumps(found))
+"""
+
+
+def device_properties(out: Path | None) -> Result:
+    """Describe the first GPU of this machine, so that plans can be built for it elsewhere.
+
+    Args:
+        out: the file to write; None: the JSON is the command's output.
+    """
+    from convplan.engines.cudnn.device import Device
+    from convplan.engines.cudnn.library import version_text
+
+    device = Device.current()
+    written = device.to_json()
+    if out is None:
+        return Result(written.decode(), msgspec.json.decode(written))
+    try:
+        out.write_bytes(written)
+    except OSError as exc:
+        raise CommandError(f"{out} cannot be written: {exc.strerror or exc}", type(exc).__name__) from exc
+    version = version_text(device.cudnn_version or 0)
+    return Result(
+        f"{out}: {device.name}, compute capability {device.compute_capability}, as cuDNN {version} knows it",
+        {"file": str(out), "name": device.name, "compute_capability": device.compute_capability, "cudnn": version},
+    )
+
+
 def _loaded(torch: _Torch) -> Iterator[Finding]:
     """Which copies of the libraries that compute are in this process: two of one kind often explain slowness."""
     torch.need()
@@ -346,6 +422,7 @@ PROBES: dict[str, Probe] = {
     "processor": _processor,
     "gpu": _gpus,
     "cudnn": _cudnn,
+    "cudnn library": _cudnn_library,
     "loaded libraries": _loaded,
     "engines": _engines,
     "store": _store,

@@ -166,7 +166,7 @@ def _verify(record: PlanRecord, rank: int) -> Verified:
     error: float | None = None
     scope = reason = ""
     try:
-        error, scope = verify_plan(record.build(rank), evidence.notes)
+        error, scope = verify_plan(record.build(rank), evidence.notes, tf32=bool(record.policy.allow_tf32))
     except WrongResult as exc:
         reason = exc.reason
     except (ConvPlanError, RuntimeError) as exc:  # it does not build any more, or torch fails inside it

@@ -1,19 +1,44 @@
-"""Small things every torch-based engine needs: dtypes, output tensors, filling `out`."""
+"""Small things every torch-based engine needs: dtypes, whose problems to refuse, output tensors, filling `out`."""
 
 from __future__ import annotations
 
 import torch
 
-from convplan._problem import TensorSpec
+from convplan._problem import DTYPES, FLOAT_DTYPES, Problem, TensorSpec
 
 TORCH_DTYPES: dict[str, torch.dtype] = {
     "float64": torch.float64,
     "float32": torch.float32,
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
+    "int8": torch.int8,
+    "float8_e4m3fn": torch.float8_e4m3fn,
+    "float8_e5m2": torch.float8_e5m2,
+    "int32": torch.int32,
 }
 
 _CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
+
+
+def dtype_refusal(problem: Problem) -> str:
+    """Why torch's own arithmetic cannot compute a problem's dtypes; empty when it can.
+
+    Torch has no convolution, product or transform of int8 and fp8 tensors that sums as a `Problem` asks (B4).
+    """
+    if problem.dtype in FLOAT_DTYPES:
+        return ""
+    return f"inputs are {problem.dtype}, supported: {', '.join(FLOAT_DTYPES)}"
+
+
+def in_range(values: torch.Tensor, dtype: str) -> torch.Tensor:
+    """Float `values` with those that an integer or fp8 type cannot hold at its nearest end; rounded for integers.
+
+    Torch's own conversion wraps integers around, and turns what is too large for fp8 into NaN or infinity.
+    """
+    info = DTYPES[dtype]
+    if dtype in FLOAT_DTYPES:
+        return values
+    return (values.round() if info.is_integer else values).clamp(-info.largest - info.is_integer, info.largest)
 
 
 def memory_format(spec: TensorSpec) -> torch.memory_format | None:
@@ -29,7 +54,12 @@ def empty(spec: TensorSpec, device: torch.device) -> torch.Tensor:
 
 
 def deliver(result: torch.Tensor, spec: TensorSpec, out: torch.Tensor | None) -> torch.Tensor:
-    """Hand `result` over as the engine protocol asks: in `spec`'s dtype and layout, or copied into `out`."""
+    """Hand `result` over as the engine protocol asks: in `spec`'s dtype and layout, or copied into `out`.
+
+    A floating-point result saturates where `spec`'s dtype is an integer or fp8 one.
+    """
+    if result.is_floating_point() and result.dtype != TORCH_DTYPES[spec.dtype]:
+        result = in_range(result, spec.dtype)
     if out is not None:
         return out.copy_(result)
     wanted = memory_format(spec)

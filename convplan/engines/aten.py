@@ -25,8 +25,8 @@ from convplan._environment import onednn_computes, onednn_enabled
 from convplan._errors import PlanRejected
 from convplan._policy import Effort, Policy
 from convplan._problem import DTYPES, Problem, TensorSpec
-from convplan.engines._support import deliver
-from convplan.engines.base import YES, Built, Candidate, EngineConfig, Run, Support, no
+from convplan.engines._support import deliver, dtype_refusal
+from convplan.engines.base import FALLBACK, LAST_RESORT, YES, Built, Candidate, EngineConfig, Run, Support, no
 
 
 class Layout(IntEnum):
@@ -70,13 +70,17 @@ class AtenEngine:
     by_default = True
 
     def supports(self, problem: Problem) -> Support:
-        """Any problem on a device it knows."""
+        """Any problem on a device and of a dtype that torch has convolutions for."""
         if problem.device not in _DEVICES:
             return no(f"device is {problem.device!r}, supported: {', '.join(_DEVICES)}")
+        if reason := dtype_refusal(problem):
+            return no(reason)
         return no("the problem is empty") if problem.is_empty else YES
 
     def configs(self, problem: Problem, effort: Effort) -> Sequence[Candidate]:
         """Torch's own choice first, then each knob turned."""
+        if dtype_refusal(problem):
+            return ()
         found = [
             self._candidate(problem, layout, Path.STOCK, via, compute)
             for compute in _computes(problem)
@@ -96,7 +100,7 @@ class AtenEngine:
             config=EngineConfig.of(self.name, **{name: int(value) for name, value in knobs.items()}),
             workspace_bytes=_workspace_bytes(problem, layout, path, via, compute),
             flops=float(problem.flops),
-            source="fallback" if path is Path.NATIVE else "heuristic",
+            source=LAST_RESORT if problem.device == "cuda" else FALLBACK if path is Path.NATIVE else "heuristic",
         )
 
     def build(self, problem: Problem, config: EngineConfig, policy: Policy) -> Built:
@@ -105,6 +109,8 @@ class AtenEngine:
         Raises:
             PlanRejected: a knob's value is unknown, or means nothing for this problem.
         """
+        if reason := dtype_refusal(problem):
+            raise PlanRejected(engine=self.name, config=str(config), reason=reason)
         try:
             layout, path = Layout(config.knob("layout")), Path(config.knob("path"))
             via = Via(config.knob("via", _vias(problem)[0]))

@@ -27,6 +27,7 @@ log = logging.getLogger("convplan.engines")
 
 ENTRY_POINT_GROUP = "convplan.engines"
 MAX_NAME = 64  # characters
+FALLBACK, LAST_RESORT = "fallback", "last_resort"  # sources of candidates that come after all others, in this order
 
 Run = Callable[["torch.Tensor", "torch.Tensor", "torch.Tensor | None", "torch.Tensor | None"], "torch.Tensor"]
 """What a built candidate is: `run(first, second, bias, out)`, with the problem's two inputs in order.
@@ -55,7 +56,7 @@ class EngineConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, orde
         msgspec.structs.force_setattr(self, "knobs", tuple(sorted((name, int(value)) for name, value in self.knobs)))
 
     @classmethod
-    def of(cls, engine: str, **knobs: int) -> EngineConfig:
+    def of(cls, engine: str, /, **knobs: int) -> EngineConfig:
         """A configuration from keyword arguments: `EngineConfig.of("fft", block=4096)`."""
         return cls(engine, tuple(sorted(knobs.items())))
 
@@ -115,7 +116,9 @@ class Candidate(msgspec.Struct, frozen=True):
         notes: numerical and behaviour notes.
         workspace_bytes: scratch memory it will need, None where only building tells.
         flops: operations this method does, None where unknown. Lets candidates that cannot win be left unrun.
-        source: which list it comes from: `heuristic`, or `fallback` for last resorts.
+        source: which list it comes from: `heuristic` or an engine's own name for it, `fallback` for what is tried after
+            all of those, `last_resort` for what comes after everything.
+        refused: why the engine itself says this configuration must not run, empty when it may.
     """
 
     config: EngineConfig
@@ -123,6 +126,7 @@ class Candidate(msgspec.Struct, frozen=True):
     workspace_bytes: int | None = None
     flops: float | None = None
     source: str = "heuristic"
+    refused: str = ""
 
 
 class Built(msgspec.Struct, frozen=True):

@@ -34,7 +34,7 @@ from torch.nn.functional import pad
 from convplan._errors import PlanRejected
 from convplan._policy import Effort, Policy
 from convplan._problem import DTYPES, Op, Problem
-from convplan.engines._support import TORCH_DTYPES, deliver, empty
+from convplan.engines._support import TORCH_DTYPES, deliver, dtype_refusal, empty
 from convplan.engines.base import YES, Built, Candidate, EngineConfig, Notes, Run, Support, no
 
 NOTES = Notes(numerical=("FFT",))
@@ -64,9 +64,11 @@ class FftEngine:
     by_default = True
 
     def supports(self, problem: Problem) -> Support:
-        """Every problem with something to compute and more than one tap."""
+        """Problems with something to compute and more than one tap, in a floating-point type of 16 bits or more."""
         if problem.is_empty:
             return no("nothing to compute: a tensor has no elements")
+        if refusal := dtype_refusal(problem):
+            return no(refusal)
         if math.prod(problem.w.dims[2:]) == 1:
             return no("a filter of one tap has nothing to gain from FFT")
         return YES

@@ -25,7 +25,7 @@ from convplan._errors import PlanRejected
 from convplan._policy import Effort, Policy
 from convplan._problem import Problem, TensorSpec
 from convplan.engines import _products
-from convplan.engines._support import TORCH_DTYPES, deliver, empty
+from convplan.engines._support import TORCH_DTYPES, deliver, dtype_refusal, empty
 from convplan.engines._windows import count_phases
 from convplan.engines.base import YES, Built, Candidate, EngineConfig, Notes, Support, no
 
@@ -83,8 +83,11 @@ class MatmulEngine:
     by_default = True
 
     def supports(self, problem: Problem) -> Support:
-        """All problems with something to compute."""
-        return no("nothing to compute: a tensor has no elements") if problem.is_empty else YES
+        """All problems with something to compute, in a floating-point type of 16 bits or more."""
+        if problem.is_empty:
+            return no("nothing to compute: a tensor has no elements")
+        refusal = dtype_refusal(problem)
+        return no(refusal) if refusal else YES
 
     def configs(self, problem: Problem, effort: Effort) -> Sequence[Candidate]:
         """At most `MAX_CANDIDATES`, the likeliest first; with effort `instant`, that one alone."""

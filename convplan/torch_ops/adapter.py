@@ -19,7 +19,7 @@ import torch
 from convplan._environment import onednn_computes
 from convplan._errors import SpecError
 from convplan._problem import (
-    DTYPES,
+    FLOAT_DTYPES,
     Epilogue,
     Op,
     Problem,
@@ -29,7 +29,8 @@ from convplan._problem import (
     output_spatial,
 )
 
-DTYPE_NAMES: dict[torch.dtype, str] = {getattr(torch, name): name for name in DTYPES}
+# Problems of other dtypes exist too, but calls of torch's own functions with them stay torch's.
+DTYPE_NAMES: dict[torch.dtype, str] = {getattr(torch, name): name for name in FLOAT_DTYPES}
 
 # Largest power of two, at most 32, that divides an address, by the address's last five bits (B1).
 ALIGNMENT_BYTES = tuple(32 if low == 0 else low & -low for low in range(32))
@@ -100,7 +101,7 @@ def spec_of(tensor: torch.Tensor) -> TensorSpec:
     """
     dtype = DTYPE_NAMES.get(tensor.dtype)
     if dtype is None:
-        raise SpecError(f"dtype is {tensor.dtype}, expected one of {', '.join(DTYPES)}")
+        raise SpecError(f"dtype is {tensor.dtype}, expected one of {', '.join(FLOAT_DTYPES)}")
     return TensorSpec(tuple(tensor.shape), tensor.stride(), dtype, alignment_bytes(tensor))
 
 

@@ -230,7 +230,7 @@ def _convolution(
             callers.move_to_end(key)
     else:
         caller = _new_caller(spatial, input, weight, bias, raw, policy, graded)
-        local.remember(key, token, caller)
+        local.remember(key, token, caller, input.get_device())
     return caller(input, weight, bias, out)
 
 
@@ -278,7 +278,10 @@ def _new_caller(
         return _through_torch(spatial, raw)
     if x.device.type not in ("cpu", "cuda"):
         return _through_torch(spatial, raw)
-    run = _differentiable(problem, args, policy) if graded else _checked(_Caller.of(problem, policy), problem, x.device)
+    if graded:
+        run = _differentiable(problem, args, policy)
+    else:
+        run = _checked(_Caller.of(problem, policy, x.get_device()), problem, x.device)
     run = _without_autocast(run, x.device.type)
     return _without_batch(run) if unbatched else run
 
@@ -399,7 +402,9 @@ class _Caller:
         self._runner = runner
 
     @classmethod
-    def of(cls, problem: Problem, policy: Policy | None, gradients: tuple[bool, bool] = NO_GRADIENTS) -> _Caller:
+    def of(
+        cls, problem: Problem, policy: Policy | None, device: int, gradients: tuple[bool, bool] = NO_GRADIENTS
+    ) -> _Caller:
         """Plan the problem. A miss in replay mode is raised; any other failure to plan leaves it to stock torch."""
         counts.add("misses")
         wanted = _runtime.check_policy(state.policy if policy is None else policy)
@@ -408,9 +413,9 @@ class _Caller:
         for observe in state.captures:
             observe(problem, gradients)
         try:
-            return cls(problem, Runner(problem, wanted))
+            return cls(problem, Runner(problem, wanted, device))
         except ConvPlanError as exc:
-            note_fallback(exc)
+            note_fallback(exc, wanted)
             return cls(problem, None)
 
     def __call__(self, first: Tensor, second: Tensor, bias: Tensor | None, out: Tensor | None) -> Tensor:
@@ -466,8 +471,9 @@ class _Geometry:
             if callers.crowded:
                 callers.move_to_end(key)
         else:
-            caller = _Caller.of(self._problem(op, first, second, bias), self.policy, gradients)
-            local.remember(key, token, caller)
+            device = first.get_device()
+            caller = _Caller.of(self._problem(op, first, second, bias), self.policy, device, gradients)
+            local.remember(key, token, caller, device)
         return caller(first, second, bias, None)
 
     def _problem(self, op: Op, first: Tensor, second: Tensor, bias: Tensor | None) -> Problem:

@@ -11,13 +11,14 @@ from __future__ import annotations
 
 import logging
 import threading
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
 
 from convplan import _runtime
-from convplan._errors import ConvPlanError, ReplayMiss, SpecError
+from convplan._errors import CaptureMiss, ConvPlanError, ReplayMiss, SpecError
 from convplan._policy import Policy
 from convplan._problem import Problem
 from convplan._runtime import Observe, Runner, counts, local, state, warn_once
@@ -96,7 +97,7 @@ def _forward(
     else:
         args = (list(stride), list(padding), list(dilation), transposed, list(output_padding), groups)
         caller = _new_forward(x, w, bias, args)
-        local.remember(key, token, caller)
+        local.remember(key, token, caller, device)
     return caller(x, w, bias)
 
 
@@ -131,7 +132,7 @@ def _backward(
     else:
         args = (list(stride), list(padding), list(dilation), transposed, list(output_padding), groups)
         caller = _new_backward(dy, x, w, bias_sizes, args, list(output_mask))
-        local.remember(key, token, caller)
+        local.remember(key, token, caller, device)
     return caller(dy, x, w)
 
 
@@ -237,10 +238,10 @@ def _planned(
     if not state.enabled:
         return None
     try:
-        runner = Runner(problem, state.policy)
+        runner = Runner(problem, state.policy, x.get_device())
         return _Planned(runner, problem.output.dims, output_strides(problem.output.dims, x, w, args))
     except ConvPlanError as exc:
-        note_fallback(exc)
+        note_fallback(exc, state.policy)
     except Exception as exc:  # a bug of convplan's must not take the user's convolution down with it
         log.exception("planning failed for %s", problem)
         counts.add("fell_back")
@@ -284,9 +285,11 @@ class _Planned:
             return self.recover(exc, first, second, bias)
 
 
-def note_fallback(exc: ConvPlanError) -> None:
-    """Say once that stock torch steps in; but a miss in replay mode is raised: the user asked to be told."""
-    if isinstance(exc, ReplayMiss):
+def note_fallback(exc: ConvPlanError, policy: Policy | None = None) -> None:
+    """Say once that stock torch steps in; but a miss that the policy makes an error of is raised."""
+    if isinstance(exc, ReplayMiss) or (
+        isinstance(exc, CaptureMiss) and policy is not None and policy.capture_miss == "error"
+    ):
         raise exc
     counts.add("fell_back")
     warn_once(f"stock torch runs this convolution: {exc}")
@@ -302,9 +305,16 @@ def _install() -> None:
             # Taken before anything is replaced: these are torch's own.
             stock_forward(device.lower()), stock_backward(device.lower())
         library = torch.library.Library("aten", "IMPL")
-        for device in devices:
-            library.impl("convolution", _forward, device)
-            library.impl("convolution_backward", _backward, device)
+        try:
+            with warnings.catch_warnings():
+                # Some versions of torch tell every program once that an operator is overridden, which is what is meant.
+                warnings.filterwarnings("ignore", message="Warning only once for all operators")
+                for device in devices:
+                    library.impl("convolution", _forward, device)
+                    library.impl("convolution_backward", _backward, device)
+        except BaseException:
+            library._destroy()  # half of it must not stay behind
+            raise
         _library = library
 
 

@@ -9,9 +9,22 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 
-from convplan._problem import DTYPES, OPS, Epilogue, Op, Problem, TensorSpec, contiguous_strides
+from convplan._problem import (
+    DTYPES,
+    FLOAT_DTYPES,
+    OPS,
+    Epilogue,
+    Op,
+    Problem,
+    TensorSpec,
+    contiguous_strides,
+)
 
-DTYPE_NAMES = tuple(DTYPES)
+DTYPE_NAMES = FLOAT_DTYPES  # those that every engine is run on
+NARROW_DTYPES = tuple(  # the others: what is read, and each dtype that may be written for it
+    (name, output) for name, info in DTYPES.items() for output in info.outputs if name not in FLOAT_DTYPES
+)
+DTYPE_PAIRS = (*((name, name) for name in FLOAT_DTYPES), *NARROW_DTYPES)
 
 Numbers = int | tuple[int, ...]
 Padding = int | tuple[int | tuple[int, int], ...]
@@ -41,13 +54,14 @@ class Case:
     bias: bool = False
     ops: tuple[Op, ...] = OPS
 
-    def problem(self, op: Op, dtype: str) -> Problem:
-        """The problem of one operation."""
+    def problem(self, op: Op, dtype: str, output_dtype: str | None = None) -> Problem:
+        """The problem of one operation; `output_dtype` None: the inputs'."""
         dense = Problem.dense(
             op,
             self.x,
             self.w,
             dtype=dtype,
+            output_dtype=output_dtype,
             layout=self.layout,
             padding=self.padding,
             stride=self.stride,

@@ -3,7 +3,7 @@
 It uses slices, products and sums of torch tensors, and nothing from the package but the description of the problem: no
 convolution, no matrix product, no FFT. Accepted per output, n being the number of products summed:
 
-    eps(dtype) * |ref|  +  factor * sqrt(n) * eps(accumulate) * conv(|x|, |w|)
+    eps(output) * |ref|  +  factor * sqrt(n) * eps(accumulate) * conv(|x|, |w|)
 
 with factor 1 for direct methods. A transform's error spreads evenly over all its outputs, so for those conv(|x|, |w|)
 is replaced by its largest value over the output, and `TRANSFORM_FACTORS` says how much more a method may lose.
@@ -57,7 +57,7 @@ def _make(problem: Problem, numbers) -> Inputs:  # type: ignore[no-untyped-def]
     first, second = (_tensor(spec, numbers) for spec in problem.inputs)
     bias = None
     if problem.epilogue.bias:
-        bias = numbers(problem.output.dims[1]).to(getattr(torch, problem.dtype))
+        bias = numbers(problem.output.dims[1]).to(getattr(torch, problem.output_dtype))
     return Inputs(first, second, bias)
 
 
@@ -87,14 +87,17 @@ def bound_for(problem: Problem, right: Answer, notes: Notes) -> torch.Tensor:
 
 
 def _bound(problem: Problem, reference: torch.Tensor, magnitude: torch.Tensor) -> torch.Tensor:
-    rounded, summed = (_eps(name) for name in (problem.dtype, DTYPES[problem.dtype].accumulate))
+    rounded, summed = (_eps(name) for name in (problem.output_dtype, DTYPES[problem.dtype].accumulate))
+    if summed == 0.0:  # integers: what is right is exact, also as float32
+        return torch.zeros_like(reference)
     terms = problem.n_terms + problem.epilogue.bias
     return rounded * reference.abs() + math.sqrt(terms) * summed * magnitude
 
 
 def _eps(dtype: str) -> float:
     """Distance from 1 to the next number; float16's smallest numbers are further apart, but no case gets near them."""
-    return torch.finfo(getattr(torch, dtype)).eps
+    found = getattr(torch, dtype)
+    return torch.finfo(found).eps if found.is_floating_point else 0.0
 
 
 def convolve(problem: Problem, first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:

@@ -20,7 +20,12 @@ class Refusal(NamedTuple):
     reason: str
 
 
-REFUSALS = (Refusal("fft", lambda problem: prod(problem.w.dims[2:]) == 1, "one tap"),)
+REFUSALS = (
+    Refusal(
+        "cudnn", lambda problem: problem.device != "cuda", "supported: cuda"
+    ),  # tests/cudnn and tests/gpu have its own
+    Refusal("fft", lambda problem: prod(problem.w.dims[2:]) == 1, "one tap"),
+)
 
 
 def refusal(engine: str, problem: Problem) -> str | None:

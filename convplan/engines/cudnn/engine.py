@@ -1,0 +1,220 @@
+"""Engine `cudnn`: every plan that cuDNN's backend offers for a convolution on a GPU.
+
+A configuration's knobs are `engine`, cuDNN's index of the engine, and cuDNN's own knobs by name. One knob is ours:
+
+    dense   1: strided inputs are copied into a dense layout first, for engines that need one
+
+A plan runs on the device of its first input and torch's current stream (B25), with workspace from torch's caching
+allocator (B26), which hands memory out again only in stream order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from convplan._errors import EngineUnavailable, PlanRejected
+from convplan._policy import Effort, Policy
+from convplan._problem import Problem
+from convplan.engines._support import TORCH_DTYPES, empty
+from convplan.engines.base import Built, Candidate, EngineConfig, Run, Support, no
+from convplan.engines.cudnn.configs import Configuration, heuristic_configurations
+from convplan.engines.cudnn.descriptors import CudnnError
+from convplan.engines.cudnn.errata import Errata
+from convplan.engines.cudnn.graph import UIDS, dense, is_strided, needs_copy, operation_graph, refusal
+from convplan.engines.cudnn.plans import ExecutionPlan, build_plan
+from convplan.engines.cudnn.target import Target, handle_of, present
+
+_SOURCES: dict[str, tuple[str, ...]] = {
+    "instant": ("mode_a", "fallback"),
+    "measure": ("mode_a", "mode_b", "fallback"),
+}
+_LETTERS = {"fprop": "xwy", "dgrad": "ywx", "wgrad": "xyw"}  # first input, second input, output
+COMPILED = "RUNTIME_COMPILATION"
+
+
+class CudnnEngine:
+    """The cuDNN backend; see the module's text.
+
+    Args:
+        target: the GPU to plan for, which need not be present (its plans are then built and not run). None: the current
+            GPU of this machine.
+    """
+
+    name = "cudnn"
+    by_default = True
+
+    def __init__(self, target: Target | None = None) -> None:
+        self._fixed = target
+
+    def _target(self) -> Target:
+        if self._fixed is not None:
+            return self._fixed
+        if not torch.cuda.is_available():
+            raise EngineUnavailable(
+                engine=self.name, needs="a GPU that torch can use (torch.cuda.is_available() is False)"
+            )
+        return present(torch.cuda.current_device())
+
+    def supports(self, problem: Problem) -> Support:
+        """Convolutions on CUDA devices, where cuDNN can be loaded."""
+        if problem.device != "cuda":
+            return no(f"device is {problem.device!r}, supported: cuda")
+        reason = refusal(problem)
+        if reason:
+            return no(reason)
+        try:
+            self._target()
+        except EngineUnavailable as exc:
+            return no(str(exc))
+        return Support(True)
+
+    def configs(self, problem: Problem, effort: Effort) -> Sequence[Candidate]:
+        """What the heuristics and the fallback list propose, in cuDNN's order, each configuration once (B13)."""
+        if not self.supports(problem).ok:
+            return ()
+        target = self._target()
+        found: dict[EngineConfig, Candidate] = {}
+        errata = Errata.load()
+        for variant, knobs in _variants(problem):
+            try:
+                graph = operation_graph(target, variant)
+            except CudnnError:
+                if knobs or len(_variants(problem)) == 1:
+                    raise
+                continue  # strides that no engine reads; the dense variant follows
+            for source in _SOURCES[effort]:
+                for configuration in heuristic_configurations(graph, target, source):
+                    candidate = _candidate(configuration, knobs, problem, target, errata)
+                    found.setdefault(candidate.config, candidate)
+        return list(found.values())
+
+    def build(self, problem: Problem, config: EngineConfig, policy: Policy) -> Built:
+        """Build one configuration for the target.
+
+        Raises:
+            PlanRejected: cuDNN refuses it; the reason is cuDNN's own.
+            EngineUnavailable: cuDNN is missing.
+        """
+        plans = _Plans(self, problem, config)
+        plan = plans.build(self._target())
+        return Built(run=_make_run(problem, config, plans), workspace_bytes=plan.workspace_bytes)
+
+    def build_execution_plan(self, problem: Problem, config: EngineConfig) -> ExecutionPlan:
+        """The same as cuDNN's own plan, to be serialized or looked at."""
+        return _Plans(self, problem, config).build(self._target())
+
+
+def _variants(problem: Problem) -> list[tuple[Problem, dict[str, int]]]:
+    """The problem as given, and with dense inputs where it has strided ones, with the knob that says so."""
+    if not is_strided(problem):
+        return [(problem, {})]
+    as_given = [] if any(map(needs_copy, problem.inputs)) else [(problem, dict[str, int]())]
+    return [*as_given, (dense(problem), {"dense": 1})]
+
+
+def _candidate(
+    configuration: Configuration, knobs: dict[str, int], problem: Problem, target: Target, errata: Errata
+) -> Candidate:
+    config = EngineConfig.of(CudnnEngine.name, **{"engine": configuration.engine, **dict(configuration.knobs), **knobs})
+    refused = errata.verdict(
+        problem,
+        configuration.engine,
+        dict(configuration.knobs),
+        cudnn_version=target.library.version,
+        compute_capability=target.compute_capability,
+        notes=configuration.notes.numerical,
+    )
+    if not refused and COMPILED in configuration.notes.behavior and not target.library.can_compile:
+        refused = "it is compiled at run time, and what that needs is missing; `convplan doctor` says what"
+    extra = sum(spec.nbytes for spec in problem.inputs if spec.layout == "strided") if knobs else 0
+    workspace = configuration.workspace_bytes
+    return Candidate(
+        config=config,
+        notes=configuration.notes,
+        workspace_bytes=None if workspace is None else workspace + extra,
+        flops=None,
+        source=configuration.source,
+        refused=refused,
+    )
+
+
+class _Plans:
+    """One configuration's plans, one for each GPU that it has run on."""
+
+    def __init__(self, engine: CudnnEngine, problem: Problem, config: EngineConfig) -> None:
+        self._engine = engine
+        self._problem = dense(problem) if config.knob("dense") else problem
+        self._config = config
+        self._uids = tuple(UIDS[letter] for letter in _LETTERS[problem.op])
+        self.by_index: dict[int, ExecutionPlan] = {}
+
+    def build(self, target: Target) -> ExecutionPlan:
+        """Build for a target; kept where that is a GPU of this machine."""
+        knobs = dict(self._config.knobs)
+        knobs.pop("dense", None)
+        number = knobs.pop("engine", None)
+        if number is None:
+            raise self._rejected("the knob `engine`, cuDNN's index of an engine, is missing")
+        try:
+            graph = operation_graph(target, self._problem)
+            plan = build_plan(graph, target, number, knobs, self._uids)
+        except (CudnnError, ValueError) as exc:
+            raise self._rejected(str(exc)) from exc
+        if target.index is not None:
+            self.by_index[target.index] = plan
+        return plan
+
+    def at(self, index: int) -> ExecutionPlan:
+        """The plan for a GPU, which must be the current device."""
+        found = self.by_index.get(index)
+        return self.build(present(index)) if found is None else found
+
+    def _rejected(self, reason: str) -> PlanRejected:
+        return PlanRejected(engine=CudnnEngine.name, config=str(self._config), reason=reason)
+
+
+def _make_run(problem: Problem, config: EngineConfig, plans: _Plans) -> Run:
+    """What the hot path calls: one allocation for the output, one for workspace if any, one look-up, one launch."""
+    spec = problem.output
+    dims, strides, dtype = spec.dims, spec.strides, TORCH_DTYPES[spec.dtype]
+    bias_shape = (1, -1, *[1] * problem.spatial_rank)
+    empty_strided, byte = torch.empty_strided, torch.uint8
+    copies = [s.layout == "strided" for s in problem.inputs] if config.knob("dense") else [False, False]
+    specs = (dense(problem) if any(copies) else problem).inputs
+    by_index = plans.by_index
+
+    def launch(first: torch.Tensor, second: torch.Tensor, result: torch.Tensor, index: int) -> None:
+        plan = by_index.get(index) or plans.at(index)
+        handle = handle_of(plan.descriptor.library, index)
+        stream = torch._C._cuda_getCurrentRawStream(index)
+        if stream != handle.stream:
+            handle.set_stream(stream)
+        if plan.workspace_bytes:
+            # Freed when this returns, and given out again in the order of this stream only.
+            scratch = torch.empty(plan.workspace_bytes, dtype=byte, device=first.device)
+            plan.execute(handle, (first.data_ptr(), second.data_ptr(), result.data_ptr(), scratch.data_ptr()))
+        else:
+            plan.execute(handle, (first.data_ptr(), second.data_ptr(), result.data_ptr(), 0))
+
+    def run(
+        first: torch.Tensor, second: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor | None
+    ) -> torch.Tensor:
+        if copies[0]:
+            first = empty(specs[0], first.device).copy_(first)
+        if copies[1]:
+            second = empty(specs[1], second.device).copy_(second)
+        fits = out is not None and out.stride() == strides and not out.data_ptr() & 31
+        result = out if out is not None and fits else empty_strided(dims, strides, dtype=dtype, device=first.device)
+        index = first.get_device()
+        if torch._C._cuda_getDevice() == index:
+            launch(first, second, result, index)
+        else:
+            with torch.cuda.device(index):
+                launch(first, second, result, index)
+        if bias is not None:
+            result.add_(bias.reshape(bias_shape))
+        return result if out is None or fits else out.copy_(result)
+
+    return run

@@ -1,0 +1,170 @@
+"""A `Problem` as cuDNN's operation graph: one convolution node over three tensors.
+
+Here is what a convolution is to cuDNN: dims, strides, dtypes, alignments, the compute type, padding before and after.
+Which configurations exist for a graph is in `configs`; how it runs, in
+`plans`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from convplan._problem import DTYPES, Problem, TensorSpec, channels_last_strides, contiguous_strides
+from convplan.engines.cudnn.descriptors import Descriptor
+from convplan.engines.cudnn.enums import Attribute, AttributeType, ConvolutionMode, DataType, DescriptorType
+from convplan.engines.cudnn.library import Library
+
+if TYPE_CHECKING:
+    from convplan.engines.cudnn.target import Target
+
+# Identifiers of the tensors in a graph are letters (B27).
+UIDS = {letter: ord(letter) for letter in "xywzb"}
+
+DATA_TYPES: dict[str, DataType] = {
+    "float64": DataType.DOUBLE,
+    "float32": DataType.FLOAT,
+    "bfloat16": DataType.BFLOAT16,
+    "float16": DataType.HALF,
+    "int8": DataType.INT8,
+    "int32": DataType.INT32,
+    "float8_e4m3fn": DataType.FP8_E4M3,
+    "float8_e5m2": DataType.FP8_E5M2,
+}
+
+_OPERATIONS = {
+    "fprop": (DescriptorType.OPERATION_CONVOLUTION_FORWARD, "OPERATION_CONVOLUTION_FORWARD", ("X", "W", "Y")),
+    "dgrad": (DescriptorType.OPERATION_CONVOLUTION_BACKWARD_DATA, "OPERATION_CONVOLUTION_BWD_DATA", ("DX", "W", "DY")),
+    "wgrad": (
+        DescriptorType.OPERATION_CONVOLUTION_BACKWARD_FILTER,
+        "OPERATION_CONVOLUTION_BWD_FILTER",
+        ("X", "DW", "DY"),
+    ),
+}
+
+
+def refusal(problem: Problem) -> str:
+    """Why a problem cannot be a graph at all; empty when it can."""
+    if problem.is_empty:
+        return "the problem is empty"
+    for spec in (*problem.inputs, problem.output):
+        if spec.dtype not in DATA_TYPES:
+            return f"dtype is {spec.dtype}, supported: {', '.join(DATA_TYPES)}"
+        largest = max(spec.dims)
+        if largest >= 2**31:
+            return f"a dimension is {largest}, supported: below 2**31"
+    if _overlaps(problem.output):
+        return f"the output has strides {problem.output.strides}, supported: a place in memory for each element"
+    return ""
+
+
+def needs_copy(spec: TensorSpec) -> bool:
+    """Whether an input must be copied before any engine can read it: elements that share memory."""
+    return _overlaps(spec)
+
+
+def is_strided(problem: Problem) -> bool:
+    """Whether an input lies in memory as neither dense layout does."""
+    return any(spec.layout == "strided" for spec in problem.inputs)
+
+
+def dense(problem: Problem) -> Problem:
+    """The same problem with its strided inputs in the layout of the other tensors."""
+    given = [spec.layout for spec in (*problem.inputs, problem.output) if spec.layout != "strided"]
+    layout = "channels_last" if "channels_last" in given else "contiguous"
+
+    def densify(spec: TensorSpec) -> TensorSpec:
+        return TensorSpec.dense(spec.dims, spec.dtype, layout) if spec.layout == "strided" else spec
+
+    if problem.op == "fprop":
+        return msgspec.structs.replace(problem, x=densify(problem.x), w=densify(problem.w))
+    if problem.op == "dgrad":
+        return msgspec.structs.replace(problem, y=densify(problem.y), w=densify(problem.w))
+    return msgspec.structs.replace(problem, x=densify(problem.x), y=densify(problem.y))
+
+
+def _overlaps(spec: TensorSpec) -> bool:
+    """Two different indices may mean the same element."""
+    reach = 1
+    for size, stride in sorted(zip(spec.dims, spec.strides, strict=True), key=lambda pair: pair[1]):
+        if size > 1:
+            if stride < reach:
+                return True
+            reach += (size - 1) * stride
+    return False
+
+
+def operation_graph(target: Target, problem: Problem) -> Descriptor:
+    """The finalised graph of a problem that `refusal` has nothing against.
+
+    Raises:
+        CudnnError: cuDNN refuses a tensor, the convolution, or their combination.
+    """
+    library = target.library
+    accumulate = DTYPES[problem.dtype].accumulate
+    convolution = Descriptor(library, DescriptorType.CONVOLUTION)
+    convolution.set(Attribute.CONVOLUTION_COMP_TYPE, DATA_TYPES[accumulate])
+    convolution.set(Attribute.CONVOLUTION_CONV_MODE, ConvolutionMode.CROSS_CORRELATION)
+    # One spatial dimension is computed as two, the first of size 1 (B5).
+    unit = problem.spatial_rank == 1
+    convolution.set(Attribute.CONVOLUTION_SPATIAL_DIMS, 2 if unit else problem.spatial_rank)
+    before, after = zip(*problem.padding, strict=True)
+    for attribute, values, neutral in (
+        (Attribute.CONVOLUTION_PRE_PADDINGS, before, 0),
+        (Attribute.CONVOLUTION_POST_PADDINGS, after, 0),
+        (Attribute.CONVOLUTION_FILTER_STRIDES, problem.stride, 1),
+        (Attribute.CONVOLUTION_DILATIONS, problem.dilation, 1),
+    ):
+        convolution.set(attribute, (neutral, *values) if unit else values)
+    convolution.finalize()
+
+    kind, prefix, roles = _OPERATIONS[problem.op]
+    operation = Descriptor(library, kind)
+    # Where sizes of 1 leave a layout open, as in a depthwise filter, the other tensors' layout is meant: engines that
+    # want channels last look at the strides (B2).
+    layouts = {spec.layout for spec in (problem.x, problem.w, problem.y)}
+    dense_strides = channels_last_strides if "channels_last" in layouts else contiguous_strides
+    for role, letter in zip(roles, "xwy", strict=True):
+        operation.set(Attribute[f"{prefix}_{role}"], tensor(library, letter, getattr(problem, letter), dense_strides))
+    operation.set(Attribute[f"{prefix}_CONV_DESC"], convolution)
+    scaling = AttributeType.DOUBLE if accumulate == "float64" else AttributeType.FLOAT
+    operation.set(Attribute[f"{prefix}_ALPHA"], 1.0, as_type=scaling)
+    operation.set(Attribute[f"{prefix}_BETA"], 0.0, as_type=scaling)
+    operation.finalize()
+
+    graph = Descriptor(library, DescriptorType.OPERATIONGRAPH)
+    graph.set(Attribute.OPERATIONGRAPH_OPS, [operation])
+    if target.index is not None:  # engines and heuristics learn from it which GPU they are asked about
+        graph.set(Attribute.OPERATIONGRAPH_HANDLE, target.handle)
+    return graph.finalize()
+
+
+Strides = Callable[[Sequence[int]], tuple[int, ...]]
+
+
+def tensor(library: Library, letter: str, spec: TensorSpec, dense_strides: Strides = contiguous_strides) -> Descriptor:
+    """One tensor of a graph; `letter` identifies it, `dense_strides` is the layout that it has if its strides allow."""
+    dims, strides = with_unit_dimension(spec.dims, spec.strides)
+    wanted = dense_strides(dims)
+    if all(size == 1 or have == want for size, have, want in zip(dims, strides, wanted, strict=True)):
+        strides = wanted
+    descriptor = Descriptor(library, DescriptorType.TENSOR)
+    descriptor.set(Attribute.TENSOR_UNIQUE_ID, UIDS[letter])
+    descriptor.set(Attribute.TENSOR_DATA_TYPE, DATA_TYPES[spec.dtype])
+    descriptor.set(Attribute.TENSOR_BYTE_ALIGNMENT, spec.alignment_bytes)
+    descriptor.set(Attribute.TENSOR_DIMENSIONS, dims)
+    descriptor.set(Attribute.TENSOR_STRIDES, strides)
+    return descriptor.finalize()
+
+
+def with_unit_dimension(dims: Sequence[int], strides: Sequence[int]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Dims and strides of at least four dimensions: one spatial dimension gets one of size 1 before it (B5)."""
+    if len(dims) > 3:
+        return tuple(dims), tuple(strides)
+    lifted = (dims[0], dims[1], 1, dims[2])
+    for layout in (contiguous_strides, channels_last_strides):
+        if layout(dims) == tuple(strides):
+            return lifted, layout(lifted)
+    return lifted, (strides[0], strides[1], dims[2] * strides[2], strides[2])

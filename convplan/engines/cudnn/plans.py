@@ -1,0 +1,125 @@
+"""cuDNN's execution plans: built or restored, with their workspace, run on pointers.
+
+A plan knows addresses and streams, and nothing of torch's tensors; those are `engine`'s. Making a variant pack (the
+addresses that a run reads and writes) costs as much as the run's launch, and a finalised one cannot be changed. Since
+torch's allocator hands out the same addresses again and again, each plan keeps its packs of the last few sets of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from convplan.engines.cudnn.configs import engine_configuration
+from convplan.engines.cudnn.descriptors import CudnnError, Descriptor, check
+from convplan.engines.cudnn.enums import Attribute, DescriptorType
+
+if TYPE_CHECKING:
+    from convplan.engines.cudnn.descriptors import Handle
+    from convplan.engines.cudnn.target import Target
+
+MOST_PACKS = 64  # of one plan; each holds about 1 KB
+MOST_JSON_BYTES = 16 * 2**20  # of a serialized plan; fused ones have about 0.1 MB
+
+
+class ExecutionPlan:
+    """A finalised plan.
+
+    Args:
+        descriptor: of the plan.
+        uids: identifiers of the graph's tensors, in the order in which `execute` takes their addresses.
+
+    Attributes:
+        workspace_bytes: scratch memory that a run needs.
+
+    Concurrency: may be executed by several threads at once, each with a handle of its own.
+    """
+
+    __slots__ = ("_execute", "_packs", "_pointer", "_uids", "descriptor", "workspace_bytes")
+
+    def __init__(self, descriptor: Descriptor, uids: tuple[int, ...]) -> None:
+        self.descriptor = descriptor
+        self.workspace_bytes = int(descriptor.get_one(Attribute.EXECUTION_PLAN_WORKSPACE_SIZE))
+        self._uids = uids
+        self._packs: dict[tuple[int, ...], Descriptor] = {}
+        self._execute = descriptor.library.cdll.cudnnBackendExecute
+        self._pointer = descriptor.pointer
+
+    def execute(self, handle: Handle, addresses: tuple[int, ...]) -> None:
+        """Start a run on the handle's stream.
+
+        Args:
+            handle: of the calling thread and the plan's device.
+            addresses: of the tensors in the order of `uids`, then that of the workspace (0 for none).
+
+        Raises:
+            CudnnError: the run could not be started.
+        """
+        pack = self._packs.get(addresses)
+        if pack is None:
+            pack = self._pack(addresses)
+        status = self._execute(handle.pointer, self._pointer, pack.pointer)
+        if status:
+            check(self.descriptor.library, status, "cudnnBackendExecute")
+
+    def _pack(self, addresses: tuple[int, ...]) -> Descriptor:
+        pack = Descriptor(self.descriptor.library, DescriptorType.VARIANT_PACK)
+        pack.set(Attribute.VARIANT_PACK_UNIQUE_IDS, self._uids)
+        pack.set(Attribute.VARIANT_PACK_DATA_POINTERS, addresses[:-1])
+        pack.set(Attribute.VARIANT_PACK_WORKSPACE, addresses[-1])
+        pack.finalize()
+        while len(self._packs) >= MOST_PACKS:  # the oldest goes; another thread may have taken it already
+            self._packs.pop(next(iter(self._packs)), None)
+        self._packs[addresses] = pack
+        return pack
+
+    def serialize(self) -> bytes:
+        """The plan as JSON, which `restore_plan` takes in another process without compiling anything (C1).
+
+        Raises:
+            CudnnError: its engine does not offer that.
+        """
+        return self.descriptor.get_text(Attribute.EXECUTION_PLAN_JSON_REPRESENTATION).encode()
+
+
+def build_plan(
+    graph: Descriptor, target: Target, engine: int, knobs: Mapping[str, int], uids: tuple[int, ...]
+) -> ExecutionPlan:
+    """Build an engine with knobs by name into a plan.
+
+    Raises:
+        CudnnError: the engine refuses the graph, a knob's value or the device, or its compilation failed twice.
+        ValueError: an unknown knob.
+    """
+    config = engine_configuration(graph, target, engine, knobs)
+    try:
+        return ExecutionPlan(_finalised(target, config, None), uids)
+    except CudnnError as exc:
+        # Compiling the same configuration twice in one process failed once and built at the next try (cuDNN 9.19).
+        if not exc.compilation_failed:
+            raise
+    return ExecutionPlan(_finalised(target, config, None), uids)
+
+
+def restore_plan(target: Target, serialized: bytes, uids: tuple[int, ...]) -> ExecutionPlan:
+    """A plan from its JSON, made by the same cuDNN version for the same kind of GPU.
+
+    Raises:
+        CudnnError: cuDNN does not take it: damaged, of another version or for another GPU.
+    """
+    if len(serialized) > MOST_JSON_BYTES:
+        raise ValueError(f"a serialized plan of {len(serialized)} bytes, expected at most {MOST_JSON_BYTES}")
+    return ExecutionPlan(_finalised(target, None, serialized), uids)
+
+
+def _finalised(target: Target, config: Descriptor | None, serialized: bytes | None) -> Descriptor:
+    plan = Descriptor(target.library, DescriptorType.EXECUTION_PLAN)
+    if target.properties is not None:
+        plan.set(Attribute.EXECUTION_PLAN_DEVICEPROP, target.properties)
+    else:
+        plan.set(Attribute.EXECUTION_PLAN_HANDLE, target.handle)
+    if config is not None:
+        plan.set(Attribute.EXECUTION_PLAN_ENGINE_CONFIG, config)
+    if serialized is not None:
+        plan.set(Attribute.EXECUTION_PLAN_JSON_REPRESENTATION, serialized)
+    return plan.finalize()

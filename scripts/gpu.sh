@@ -1,0 +1,76 @@
+#!/usr/bin/env bash
+# Everything that needs a GPU, in one call: cheap checks, then tests, then benchmarks, each step with a hard timeout.
+#
+#     scripts/gpu.sh [check] [tests] [bench]      # all three by default
+#
+# Writes to $OUT (default: benchmarks/results/gpu): machine.txt, one log a step, summary.txt, the benchmarks' raw
+# numbers. Ends with a short table and a line `N passed, N failed`; exit 1 if anything failed.
+set -u -o pipefail
+cd "$(dirname "$0")/.."
+OUT=${OUT:-benchmarks/results/gpu}
+mkdir -p "$OUT"
+export OUT PYTHONUNBUFFERED=1 PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
+PYTHON=${PYTHON:-python3}
+parts=${*:-check tests bench}
+passed=0
+failed=0
+: >"$OUT/summary.txt"
+
+step() { # name, seconds, command...
+    local name=$1 seconds=$2 begin=$SECONDS status
+    shift 2
+    timeout --kill-after=10 "$seconds" "$@" >"$OUT/$name.log" 2>&1
+    status=$?
+    if [ $status -eq 0 ]; then passed=$((passed + 1)); else failed=$((failed + 1)); fi
+    local word=ok
+    [ $status -eq 124 ] || [ $status -eq 137 ] && word="stopped after $seconds s"
+    [ $status -ne 0 ] && [ "$word" = ok ] && word="failed ($status)"
+    printf '%-24s %5d s  %-22s %s\n' "$name" $((SECONDS - begin)) "$word" "$(tail -n 1 "$OUT/$name.log" | cut -c 1-120)" |
+        tee -a "$OUT/summary.txt"
+}
+
+count_tests() { # add a pytest log's own counts to the totals, instead of one for the whole step
+    local line
+    line=$(grep -E '^(=+ )?[0-9]+ (passed|failed)|[0-9]+ (passed|failed|error)' "$OUT/$1.log" | tail -n 1)
+    local ok bad
+    ok=$(grep -oE '[0-9]+ passed' <<<"$line" | cut -d ' ' -f 1)
+    bad=$(grep -oE '[0-9]+ (failed|error)' <<<"$line" | cut -d ' ' -f 1 | paste -sd+ | sed 's/^$/0/')
+    passed=$((passed + ${ok:-0}))
+    failed=$((failed + ${bad:-0}))
+}
+
+{
+    date -u +%Y-%m-%dT%H:%M:%SZ
+    echo "commit ${COMMIT:-$(git describe --always --dirty 2>/dev/null || echo unknown)}"
+    nvidia-smi --query-gpu=name,driver_version,memory.total,clocks.max.sm,power.limit --format=csv,noheader
+    "$PYTHON" -c 'import platform, torch, triton; print(platform.platform(), "Python", platform.python_version(),
+"torch", torch.__version__, "CUDA", torch.version.cuda, "cuDNN", torch.backends.cudnn.version(), "Triton", triton.__version__)'
+} >"$OUT/machine.txt" 2>&1
+cat "$OUT/machine.txt"
+
+for part in $parts; do
+    case $part in
+    check)
+        step doctor 60 "$PYTHON" -m convplan doctor
+        step imports 30 "$PYTHON" -c 'import convplan; print(convplan.__version__)'
+        ;;
+    tests)
+        for file in tests/gpu/test_*.py; do
+            name=$(basename "$file" .py)
+            step "$name" "${TEST_SECONDS:-200}" "$PYTHON" -m pytest -m gpu "$file" -p no:cacheprovider --timeout 100
+            count_tests "$name"
+        done
+        ;;
+    bench)
+        step bench_gpu "${BENCH_SECONDS:-240}" "$PYTHON" benchmarks/run_gpu.py
+        ;;
+    *)
+        echo "unknown part '$part', expected check, tests or bench" >&2
+        exit 2
+        ;;
+    esac
+done
+
+[ -f "$OUT/gpu.md" ] && sed -n '1,30p' "$OUT/gpu.md"
+echo "$passed passed, $failed failed" | tee -a "$OUT/summary.txt"
+[ "$failed" -eq 0 ]

@@ -1,0 +1,41 @@
+"""The real cuDNN, for tests that need no GPU to run."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from convplan.engines.cudnn import library as finding
+from convplan.engines.cudnn.descriptors import live_descriptors
+from convplan.engines.cudnn.device import Device, load_for_absent_gpu
+from convplan.engines.cudnn.library import Library
+
+H200 = Path(__file__).with_name("h200-cudnn-9.19.0.deviceprop.json")
+
+
+@pytest.fixture
+def library() -> Library:
+    """cuDNN, able to build plans here whether or not there is a driver. Only where it is not installed: a skip."""
+    if not any(
+        Path(sighting.path).is_absolute() or "without" in sighting.trouble for sighting in finding.find_report()
+    ):
+        pytest.skip("cuDNN is not installed")
+    return load_for_absent_gpu()
+
+
+@pytest.fixture
+def h200() -> Device:
+    return Device.from_properties(H200)
+
+
+@pytest.fixture
+def no_descriptor_left() -> Iterator[None]:
+    """Every descriptor that a test made is destroyed after it."""
+    gc.collect()
+    before = live_descriptors()
+    yield
+    gc.collect()
+    assert live_descriptors() == before

@@ -1,0 +1,29 @@
+"""Tests that run plans on a GPU; without one they are skipped, by name. Findings go to `$OUT`, where that is set."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+HERE = Path(__file__).parent
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if HERE in Path(item.path).parents:
+            item.add_marker(pytest.mark.gpu)
+            if not torch.cuda.is_available():
+                item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+@pytest.fixture(scope="session")
+def findings():
+    """A dictionary that ends as `$OUT/gpu_findings.json`: what ran, how often, and what failed with which reason."""
+    found: dict[str, object] = {}
+    yield found
+    if found and os.environ.get("OUT"):
+        Path(os.environ["OUT"], "gpu_findings.json").write_text(json.dumps(found, indent=1, default=str))
