@@ -12,7 +12,7 @@ from convplan._errors import ExecutionFailed, SpecError
 from convplan._key import plan_key
 from convplan._policy import Effort, Policy
 from convplan._problem import Problem, TensorSpec, normalize_strides
-from convplan.engines.base import Built, EngineConfig, Notes
+from convplan.engines.base import Built, EngineConfig, Notes, Run
 
 if TYPE_CHECKING:
     import torch
@@ -140,13 +140,14 @@ class Plan:
         as_torch: the entry of torch it is nothing but a call of, see `Built`.
     """
 
-    __slots__ = ("as_torch", "config", "problem", "unchecked_run", "workspace_bytes")
+    __slots__ = ("_bind", "as_torch", "config", "problem", "unchecked_run", "workspace_bytes")
 
     def __init__(self, problem: Problem, config: EngineConfig, built: Built) -> None:
         self.problem = problem
         self.config = config
         self.workspace_bytes = built.workspace_bytes
         self.as_torch = built.as_torch
+        self._bind = built.bind
         self.unchecked_run = built.run
 
     def run(
@@ -190,6 +191,10 @@ class Plan:
             raise ExecutionFailed(plan=f"{self.problem}", tried=[(str(self.config), str(exc))]) from exc
 
     __call__ = run
+
+    def bound_run(self) -> Run:
+        """`unchecked_run` for the calling thread and the current device only, which is cheaper where that matters."""
+        return self.unchecked_run if self._bind is None else self._bind()
 
     def _check_bias(self, bias: torch.Tensor | None) -> None:
         wanted = self.problem.epilogue.bias

@@ -15,6 +15,7 @@ from __future__ import annotations
 import logging
 import os
 import threading
+import traceback
 import warnings
 import weakref
 from collections import OrderedDict
@@ -44,6 +45,7 @@ log = logging.getLogger("convplan.runtime")
 
 CACHE_LIMIT_VARIABLE = "CONVPLAN_CACHE_LIMIT"
 DEFAULT_CACHE_LIMIT = 10_000
+MOST_SEEN = 4_096  # weights
 STORE_VARIABLES = ("CONVPLAN_STORE", "CONVPLAN_CACHE_DIR")
 COUNTERS = ("hits", "misses", "planned", "tuned", "from_store", "fell_back", "failed")
 
@@ -159,6 +161,15 @@ class Local(threading.local):
         self.hits = counts.new_hit_cell(self.anchor)
         self.token = -1
         self.callers = Callers(cache_limit(), self.hits)
+        # The dispatcher's side keeps its last call of each weight here, by the weight's address.
+        self.forwards: dict[int, Any] = {}
+        self.backwards: dict[int, Any] = {}
+
+    def keep_seen(self, table: dict[int, Any], address: int, seen: Any) -> None:
+        """Keep a call in one of the tables, which never hold more than a small cache does."""
+        if len(table) >= MOST_SEEN:
+            table.clear()
+        table[address] = seen
 
     def remember(self, key: Hashable, token: int, caller: Callable[..., Any], device: int) -> None:
         """Keep a caller; those of an earlier token (another policy, other engines) are dropped first.
@@ -171,7 +182,14 @@ class Local(threading.local):
         if self.token != token or self.callers.limit != cache_limit():
             self.callers = Callers(cache_limit(), self.hits)
             self.token = token
+            self._forget_seen()
         self.callers.add(key, caller)
+        if self.callers.crowded:  # it matters now who is used, so that every call must go by its key
+            self._forget_seen()
+
+    def _forget_seen(self) -> None:
+        self.forwards.clear()
+        self.backwards.clear()
 
 
 def in_graph_capture(device: int) -> bool:
@@ -467,7 +485,7 @@ class Runner:
         self._record = record
         self._settled = self._choice.gave_up or is_settled(record, self._policy.resolve())
         self._plan = self._build()
-        self._run = self._plan.unchecked_run
+        self._run = self._plan.bound_run()
 
     def _build(self) -> Plan:
         """Build the record's choice, or the first of those ranked after it that still builds."""
@@ -533,6 +551,7 @@ class Runner:
         """Run the best-ranked plan that works, and demote those that failed for the rest of the process (B18, B23)."""
         counts.add("failed")
         failed = {self._plan.config: first_line(exc)}
+        drop_tensors(exc)
         if in_graph_capture(self._device):
             raise ExecutionFailed(plan=str(self._problem), tried=[(str(self._plan.config), first_line(exc))]) from exc
         for rank, evidence in enumerate(self._record.ranking):
@@ -544,6 +563,7 @@ class Runner:
                 result = plan.unchecked_run(first, second, bias, out)
             except Exception as next_exc:  # same as above: try the one after
                 failed[evidence.config] = first_line(next_exc)
+                drop_tensors(next_exc)
                 continue
             warn_once(f"plan {self._plan.config} failed ({first_line(exc)}); using {plan.config} for {self._problem}")
             counts.add("fell_back")
@@ -568,6 +588,11 @@ class Runner:
             )
             self._choice.record = self._record
         state.touch()  # callers of every thread look again
+
+
+def drop_tensors(exc: BaseException) -> None:
+    """Let go of what the frames of a failed run hold: its output may be just the memory that the next plan needs."""
+    traceback.clear_frames(exc.__traceback__)
 
 
 def check_policy(policy: Policy) -> Policy:

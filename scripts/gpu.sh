@@ -3,8 +3,8 @@
 #
 #     scripts/gpu.sh [check] [tests] [bench]      # all three by default
 #
-# Writes to $OUT (default: benchmarks/results/gpu): machine.txt, one log a step, summary.txt, the benchmarks' raw
-# numbers. Ends with a short table and a line `N passed, N failed`; exit 1 if anything failed.
+# Writes to $OUT (default: benchmarks/results/gpu): summary.txt (machine, one line a step), logs.txt (their output),
+# gpu_findings.json (every plan that ran) and the benchmarks' raw numbers and table, gpu.json and gpu.md. Ends with a short table and a line `N passed, N failed`; exit 1 if anything failed.
 set -u -o pipefail
 cd "$(dirname "$0")/.."
 OUT=${OUT:-benchmarks/results/gpu}
@@ -14,24 +14,28 @@ PYTHON=${PYTHON:-python3}
 parts=${*:-check tests bench}
 passed=0
 failed=0
-: >"$OUT/summary.txt"
+: >"$OUT/logs.txt"
+rm -f "$OUT/gpu_findings.json" "$OUT/gpu.json" "$OUT/gpu.md"
+scratch=$(mktemp -d)
+trap 'rm -rf "$scratch"' EXIT
 
 step() { # name, seconds, command...
     local name=$1 seconds=$2 begin=$SECONDS status
     shift 2
-    timeout --kill-after=10 "$seconds" "$@" >"$OUT/$name.log" 2>&1
+    timeout --kill-after=10 "$seconds" "$@" >"$scratch/$name.log" 2>&1
     status=$?
+    { echo "=== $name: $*"; tail -c 400000 "$scratch/$name.log"; } >>"$OUT/logs.txt"
     if [ $status -eq 0 ]; then passed=$((passed + 1)); else failed=$((failed + 1)); fi
     local word=ok
     [ $status -eq 124 ] || [ $status -eq 137 ] && word="stopped after $seconds s"
     [ $status -ne 0 ] && [ "$word" = ok ] && word="failed ($status)"
-    printf '%-24s %5d s  %-22s %s\n' "$name" $((SECONDS - begin)) "$word" "$(tail -n 1 "$OUT/$name.log" | cut -c 1-120)" |
+    printf '%-24s %5d s  %-22s %s\n' "$name" $((SECONDS - begin)) "$word" "$(tail -n 1 "$scratch/$name.log" | cut -c 1-120)" |
         tee -a "$OUT/summary.txt"
 }
 
 count_tests() { # add a pytest log's own counts to the totals, instead of one for the whole step
     local line
-    line=$(grep -E '^(=+ )?[0-9]+ (passed|failed)|[0-9]+ (passed|failed|error)' "$OUT/$1.log" | tail -n 1)
+    line=$(grep -E '^(=+ )?[0-9]+ (passed|failed)|[0-9]+ (passed|failed|error)' "$scratch/$1.log" | tail -n 1)
     local ok bad
     ok=$(grep -oE '[0-9]+ passed' <<<"$line" | cut -d ' ' -f 1)
     bad=$(grep -oE '[0-9]+ (failed|error)' <<<"$line" | cut -d ' ' -f 1 | paste -sd+ | sed 's/^$/0/')
@@ -45,8 +49,7 @@ count_tests() { # add a pytest log's own counts to the totals, instead of one fo
     nvidia-smi --query-gpu=name,driver_version,memory.total,clocks.max.sm,power.limit --format=csv,noheader
     "$PYTHON" -c 'import platform, torch, triton; print(platform.platform(), "Python", platform.python_version(),
 "torch", torch.__version__, "CUDA", torch.version.cuda, "cuDNN", torch.backends.cudnn.version(), "Triton", triton.__version__)'
-} >"$OUT/machine.txt" 2>&1
-cat "$OUT/machine.txt"
+} 2>&1 | tee "$OUT/summary.txt"
 
 for part in $parts; do
     case $part in

@@ -1,9 +1,9 @@
 """The command `convplan`. `main` is its entry point; everything else loads when it is called.
 
 `app` declares the commands and their options, `arguments` turns what was typed into policies and callables, `output` is
-the only place that writes to stdout and stderr, and `doctor`, `planning`, `stored` and `demo` do what a command says,
-each by calling what the package exports. Importing this imports neither typer nor torch: `convplan --help` answers at
-once, and `convplan doctor` also where torch cannot be imported.
+the only place that writes to stdout and stderr, and `doctor`, `planning`, `gpus`, `stored` and `demo` do what a command
+says, most of them by calling what the package exports. Importing this imports neither typer nor torch: `convplan
+--help` answers at once, and `convplan doctor` also where torch cannot be imported.
 """
 
 from __future__ import annotations

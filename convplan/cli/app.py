@@ -157,6 +157,43 @@ def bench(
     return planning.bench(read_problems(problems), policy, seconds=seconds, rounds=rounds, out=out)
 
 
+@app.command()
+@command
+def configs(
+    problems: Annotated[Path, ProblemFileOption],
+    device: Annotated[
+        Path | None,
+        typer.Option(
+            exists=True,
+            dir_okay=False,
+            readable=True,
+            metavar="FILE.json",
+            help="The GPU, as `doctor --device-properties` describes it. Default: the one of this machine.",
+        ),
+    ] = None,
+    effort: Annotated[
+        str, typer.Option(metavar="instant|measure", help="Which of cuDNN's lists to ask: those that planning would.")
+    ] = "measure",
+    deterministic: Deterministic = None,
+    workspace_limit: WorkspaceLimit = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print a JSON list, one object for each problem.")] = False,
+) -> Result:
+    """List what cuDNN proposes for each problem of a file, on a GPU that need not be here."""
+    from convplan._errors import PolicyError
+    from convplan._problem_files import read_problems
+    from convplan.cli import gpus
+    from convplan.cli.arguments import make_policy
+
+    policy = make_policy(
+        deterministic=deterministic, engines=None, budget_s=None, workspace_limit_bytes=workspace_limit
+    )
+    try:
+        policy = policy.replace(effort=effort)
+    except PolicyError as exc:
+        raise typer.BadParameter(str(exc)) from exc
+    return gpus.configs(read_problems(problems), policy, properties=device)
+
+
 @app.command("list")
 @command
 def list_(key: KeyPrefix = "", engine: EngineName = None, device: DeviceName = None, as_json: AsJson = False) -> Result:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import TracebackType
 from typing import NamedTuple, ParamSpec, TextIO
@@ -27,12 +27,12 @@ class Result(NamedTuple):
 
     Args:
         text: for people.
-        data: for `--json`; its keys are part of the command's interface.
+        data: for `--json`, an object or a list of them; its keys are part of the command's interface.
         ok: False when the command failed, or when the answer to its question is no.
     """
 
     text: str
-    data: Mapping[str, object]
+    data: Mapping[str, object] | Sequence[object]
     ok: bool = True
 
 
@@ -79,7 +79,7 @@ def complain(what: str, message: str) -> None:
     typer.echo("\n".join([f"{what}: {one_line(lines[0])}", *(f"  {one_line(line)}" for line in lines[1:])]), err=True)
 
 
-def _json(data: Mapping[str, object]) -> str:
+def _json(data: Mapping[str, object] | Sequence[object]) -> str:
     return msgspec.json.format(msgspec.json.encode(data), indent=2).decode()
 
 

@@ -138,11 +138,14 @@ class Built(msgspec.Struct, frozen=True):
         as_torch: the entry of torch that `run` calls with the tensors as they are and nothing else, exactly as torch
             would by itself: `convolution`, `convolution_backward`, or empty. Lets the dispatcher's side make one such
             call for several plans.
+        bind: makes a `run` for the calling thread and the current device only, which need not look up either; None
+            where `run` is that already.
     """
 
     run: Run
     workspace_bytes: int
     as_torch: str = ""
+    bind: Callable[[], Run] | None = None
 
 
 @runtime_checkable

@@ -4,7 +4,8 @@ Torch's dispatcher entries of `aten::convolution` and `aten::convolution_backwar
 keys. Autograd, autocast and functorch stay torch's own, above these entries. What convplan does not plan for (other
 dtypes, empty tensors, arguments with an error in them) goes to the kernel that was there before, with its errors.
 
-The hot path is `_forward` and `_backward` up to the look-up: a key, a look-up and a call.
+The hot path is `_forward` and `_backward` up to the look-up: a comparison with the last call of the same weight, or a
+key and a look-up, and a call.
 """
 
 from __future__ import annotations
@@ -12,8 +13,9 @@ from __future__ import annotations
 import logging
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
@@ -21,7 +23,7 @@ from convplan import _runtime
 from convplan._errors import CaptureMiss, ConvPlanError, ReplayMiss, SpecError
 from convplan._policy import Policy
 from convplan._problem import Problem
-from convplan._runtime import Observe, Runner, counts, local, state, warn_once
+from convplan._runtime import Observe, Runner, counts, drop_tensors, local, state, warn_once
 from convplan.engines.aten import stock_backward, stock_forward
 from convplan.engines.base import Run
 from convplan.torch_ops.adapter import (
@@ -47,6 +49,7 @@ _library: torch.library.Library | None = None
 
 # After a large convolution the processor's caches hold nothing of Python's, and every function called and every object
 # made costs about 3 us then, ten times its usual cost. So the C functions are bound once, and few are called.
+_FLOAT32 = torch.float32
 _num_threads = torch.get_num_threads
 _matmul_precision = torch._C._get_float32_matmul_precision
 _algorithms_deterministic = torch._C._get_deterministic_algorithms
@@ -57,16 +60,45 @@ _fp32_precision: Callable[[str, str], str] = getattr(
 _onednn_enabled = torch._C._get_mkldnn_enabled
 
 
-def live_flags(device: int) -> tuple[object, ...]:
-    """Torch's settings that a choice depends on, as they are now, for a device index (-1: the CPU)."""
-    flags = (
-        _num_threads(),
-        _onednn_enabled(),
-        _matmul_precision(),
-        _algorithms_deterministic(),
-        _cudnn_deterministic(),
-    )
-    return flags if device < 0 else (*flags, _fp32_precision("cuda", "conv"))
+def live_flags(device: int, dtype: torch.dtype | None = None) -> tuple[object, ...]:
+    """Torch's settings that a choice depends on, as they are now.
+
+    Args:
+        device: index of the GPU, -1 for the CPU.
+        dtype: of the tensors. Only float32 on a GPU has precisions to choose from; None: any.
+    """
+    if device < 0:
+        return (
+            _num_threads(),
+            _onednn_enabled(),
+            _matmul_precision(),
+            _algorithms_deterministic(),
+            _cudnn_deterministic(),
+        )
+    if dtype is _FLOAT32 or dtype is None:
+        return _algorithms_deterministic(), _cudnn_deterministic(), _matmul_precision(), _fp32_precision("cuda", "conv")
+    return _algorithms_deterministic(), _cudnn_deterministic()
+
+
+class _Seen:
+    """A call that this thread has made, and what runs it; compared part by part, which is cheaper than making a key.
+
+    Kept by the address of the weight, which tells most convolutions of a program apart. A call that differs in any part
+    goes by its key. Attributes are those of the call, with `x_low` and `dy_low` the last five bits of addresses.
+    """
+
+    __slots__ = (
+        "bias", "caller", "device", "dilation", "dtype", "dy_dtype", "dy_low", "dy_shape", "dy_strides", "flags",
+        "groups", "hits", "mask", "output_padding", "padding", "stride", "token", "transposed", "w_dtype", "w_shape",
+        "w_strides", "x_low", "x_shape", "x_strides",
+    )  # fmt: skip
+
+    def __init__(self, x: Tensor, w: Tensor, **parts: Any) -> None:
+        self.x_shape, self.x_strides, self.x_low = x.shape, x.stride(), x.data_ptr() & 31
+        self.w_shape, self.w_strides, self.w_dtype = w.shape, w.stride(), w.dtype
+        self.dtype, self.device, self.hits = x.dtype, x.get_device(), local.callers.hits
+        for name, value in parts.items():
+            setattr(self, name, value)
 
 
 def _forward(
@@ -81,12 +113,37 @@ def _forward(
     groups: int,
 ) -> Tensor:
     """`aten::convolution`."""
+    seen = local.forwards.get(w.data_ptr())
+    if (
+        seen is not None
+        and seen.token == state.token
+        and x.shape == seen.x_shape
+        and x.stride() == seen.x_strides
+        and w.shape == seen.w_shape
+        and w.stride() == seen.w_strides
+        and x.dtype is seen.dtype
+        and w.dtype is seen.w_dtype
+        and x.data_ptr() & 31 == seen.x_low
+        and x.get_device() == seen.device
+        and groups == seen.groups
+        and stride == seen.stride
+        and padding == seen.padding
+        and dilation == seen.dilation
+        and transposed is seen.transposed
+        and output_padding == seen.output_padding
+        and (bias is None if seen.bias is None else bias is not None and (bias.shape, bias.dtype) == seen.bias)
+        and live_flags(seen.device, seen.dtype) == seen.flags
+    ):
+        seen.hits[0] += 1
+        found: Tensor = seen.caller(x, w, bias)
+        return found
     token, device = state.token, x.get_device()
+    flags = live_flags(device, x.dtype)
     key = (
         token, x.shape, x.stride(), x.dtype, w.shape, w.stride(), w.dtype,
         None if bias is None else (bias.shape, bias.dtype),
         (*stride, *padding, *dilation, transposed, *output_padding, groups),
-        device, ALIGNMENT_BYTES[x.data_ptr() & 31], ALIGNMENT_BYTES[w.data_ptr() & 31], live_flags(device),
+        device, ALIGNMENT_BYTES[x.data_ptr() & 31], ALIGNMENT_BYTES[w.data_ptr() & 31], flags,
     )  # fmt: skip
     callers = local.callers
     caller = callers.get(key)
@@ -94,11 +151,20 @@ def _forward(
         callers.hits[0] += 1
         if callers.crowded:
             callers.move_to_end(key)
+        elif type(caller) is not _Watching:
+            seen = _Seen(
+                x, w, caller=caller, token=token, flags=flags, bias=key[7], stride=stride, padding=padding,
+                dilation=dilation, transposed=transposed, output_padding=output_padding, groups=groups,
+            )  # fmt: skip
+            local.keep_seen(local.forwards, w.data_ptr(), seen)
     else:
         args = (list(stride), list(padding), list(dilation), transposed, list(output_padding), groups)
         caller = _new_forward(x, w, bias, args)
         local.remember(key, token, caller, device)
-    return caller(x, w, bias)
+    result: Tensor = caller(x, w, bias)
+    if type(caller) is _Watching:
+        _replace_settled(key, caller)
+    return result
 
 
 def _backward(
@@ -115,13 +181,43 @@ def _backward(
     output_mask: Sequence[bool],
 ) -> Gradients:
     """`aten::convolution_backward`."""
+    seen = local.backwards.get(w.data_ptr())
+    if (
+        seen is not None
+        and seen.token == state.token
+        and dy.shape == seen.dy_shape
+        and dy.stride() == seen.dy_strides
+        and x.shape == seen.x_shape
+        and x.stride() == seen.x_strides
+        and w.shape == seen.w_shape
+        and w.stride() == seen.w_strides
+        and dy.dtype is seen.dy_dtype
+        and x.dtype is seen.dtype
+        and w.dtype is seen.w_dtype
+        and dy.data_ptr() & 31 == seen.dy_low
+        and x.data_ptr() & 31 == seen.x_low
+        and x.get_device() == seen.device
+        and groups == seen.groups
+        and stride == seen.stride
+        and padding == seen.padding
+        and dilation == seen.dilation
+        and transposed is seen.transposed
+        and output_padding == seen.output_padding
+        and output_mask == seen.mask
+        and bias_sizes == seen.bias
+        and live_flags(seen.device, seen.dtype) == seen.flags
+    ):
+        seen.hits[0] += 1
+        found: Gradients = seen.caller(dy, x, w)
+        return found
     token, device = state.token, x.get_device()
+    flags = live_flags(device, x.dtype)
     key = (
         token, dy.shape, dy.stride(), dy.dtype, x.shape, x.stride(), x.dtype, w.shape, w.stride(), w.dtype,
         (*stride, *padding, *dilation, transposed, *output_padding, groups, *output_mask),
         None if bias_sizes is None else tuple(bias_sizes), device,
         ALIGNMENT_BYTES[dy.data_ptr() & 31], ALIGNMENT_BYTES[x.data_ptr() & 31], ALIGNMENT_BYTES[w.data_ptr() & 31],
-        live_flags(device),
+        flags,
     )  # fmt: skip
     callers = local.callers
     caller = callers.get(key)
@@ -129,17 +225,58 @@ def _backward(
         callers.hits[0] += 1
         if callers.crowded:
             callers.move_to_end(key)
+        elif type(caller) is not _Watching:
+            seen = _Seen(
+                x, w, caller=caller, token=token, flags=flags, dy_shape=dy.shape, dy_strides=dy.stride(),
+                dy_dtype=dy.dtype, dy_low=dy.data_ptr() & 31, bias=bias_sizes, mask=output_mask, stride=stride,
+                padding=padding, dilation=dilation, transposed=transposed, output_padding=output_padding, groups=groups,
+            )  # fmt: skip
+            local.keep_seen(local.backwards, w.data_ptr(), seen)
     else:
         args = (list(stride), list(padding), list(dilation), transposed, list(output_padding), groups)
         caller = _new_backward(dy, x, w, bias_sizes, args, list(output_mask))
         local.remember(key, token, caller, device)
-    return caller(dy, x, w)
+    result: Gradients = caller(dy, x, w)
+    if type(caller) is _Watching:
+        _replace_settled(key, caller)
+    return result
+
+
+def _replace_settled(key: Hashable, caller: _Watching) -> None:
+    """Exchange a caller in the cache once its choices are settled."""
+    settled = caller.settled()
+    if settled is not None and key in local.callers:
+        local.callers[key] = settled
 
 
 RawArgs = tuple[list[int], list[int], list[int], bool, list[int], int]
 
 
-def _new_forward(x: Tensor, w: Tensor, bias: Tensor | None, raw: RawArgs) -> Forward:
+class _Watching:
+    """A caller whose choices may still change. Each call counts as a sighting; `settled` says what takes its place.
+
+    Args:
+        call: what to call now.
+        planned: the plans it runs.
+        make: makes the caller anew, for when none of them can change any more.
+    """
+
+    __slots__ = ("_call", "_make", "_planned")
+
+    def __init__(
+        self, call: Callable[..., Any], planned: list[_Planned], make: Callable[[], Callable[..., Any]]
+    ) -> None:
+        self._call, self._planned, self._make = call, planned, make
+
+    def __call__(self, *tensors: Tensor | None) -> Any:
+        return self._call(*tensors)
+
+    def settled(self) -> Callable[..., Any] | None:
+        """The caller from now on; None while a choice may still change."""
+        return self._make() if all(one.settle() for one in self._planned) else None
+
+
+def _new_forward(x: Tensor, w: Tensor, bias: Tensor | None, raw: RawArgs) -> Forward | _Watching:
     """What a call with these arguments runs from now on."""
     counts.add("misses")
     kernel, keyset = stock_forward(x.device.type)
@@ -149,28 +286,34 @@ def _new_forward(x: Tensor, w: Tensor, bias: Tensor | None, raw: RawArgs) -> For
         return result
 
     with_gradients = torch.is_grad_enabled() and (x.requires_grad, w.requires_grad)
-    runner = _planned(
+    planned = _planned(
         lambda args: (forward_problem(x, w, bias, args), x, w), raw, x.dim() - 2, with_gradients or NO_GRADIENTS
     )
-    if runner is None:
+    if planned is None:
         return stock
 
-    def forward(x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
-        try:
-            return runner.run(x, w, bias, None)
-        except Exception as exc:  # whatever an engine raises, the convolution must still be computed
-            try:
-                return runner.recover(exc, x, w, bias)
-            except ConvPlanError as last:
-                note_fallback(last)
-                return stock(x, w, bias)
+    def make() -> Forward:
+        run = planned.run
 
-    return forward
+        def forward(x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
+            try:
+                return run(x, w, bias, None)
+            except Exception as exc:  # whatever an engine raises, the convolution must still be computed
+                try:
+                    return planned.recover(exc, x, w, bias)
+                except ConvPlanError as last:
+                    note_fallback(last)
+                    drop_tensors(last)
+                    return stock(x, w, bias)
+
+        return forward
+
+    return make() if planned.settled else _Watching(make(), [planned], make)
 
 
 def _new_backward(
     dy: Tensor, x: Tensor, w: Tensor, bias_sizes: Sequence[int] | None, raw: RawArgs, mask: list[bool]
-) -> Backward:
+) -> Backward | _Watching:
     counts.add("misses")
     kernel, keyset = stock_backward(x.device.type)
     sizes = None if bias_sizes is None else list(bias_sizes)
@@ -193,14 +336,13 @@ def _new_backward(
     for_input = _planned(input_problem, raw, spatial) if mask[0] else None
     for_weight = _planned(weight_problem, raw, spatial) if mask[1] else None
     planned = [one for one in (for_input, for_weight) if one is not None]
-    if not planned or (not raw[3] and all(one.settled_as == "convolution_backward" for one in planned)):
-        # One call computes all of it, the bias's gradient too, as it does in stock torch.
+    if not planned:
         return lambda dy, x, w: stock(dy, x, w, mask)
     over = [0, *range(2, x.dim())]
     bias_too = mask[2]
     left = [mask[0] and for_input is None, mask[1] and for_weight is None, False]
 
-    def backward(dy: Tensor, x: Tensor, w: Tensor) -> Gradients:
+    def carefully(dy: Tensor, x: Tensor, w: Tensor) -> Gradients:
         try:
             dx = None if for_input is None else for_input(dy, w, None)
             dw = None
@@ -208,13 +350,36 @@ def _new_backward(
                 dw = for_weight(dy, x, None) if swapped else for_weight(x, dy, None)
         except ConvPlanError as exc:
             note_fallback(exc)
+            drop_tensors(exc)
             return stock(dy, x, w, mask)
         if left[0] or left[1]:
             rest = stock(dy, x, w, left)
             dx, dw = rest[0] if left[0] else dx, rest[1] if left[1] else dw
         return dx, dw, dy.sum(over) if bias_too else None
 
-    return backward
+    def make() -> Backward:
+        if not raw[3] and all(one.settled_as == "convolution_backward" for one in planned):
+            # One call computes all of it, the bias's gradient too, as it does in stock torch.
+            return lambda dy, x, w: stock(dy, x, w, mask)
+        if left[0] or left[1] or not all(one.settled for one in planned):
+            return carefully
+        run_input = None if for_input is None else for_input.run
+        run_weight = None if for_weight is None else for_weight.run
+
+        def backward(dy: Tensor, x: Tensor, w: Tensor) -> Gradients:
+            try:
+                dx = None if run_input is None else run_input(dy, w, None, None)
+                dw = None
+                if run_weight is not None:
+                    dw = run_weight(dy, x, None, None) if swapped else run_weight(x, dy, None, None)
+                return dx, dw, dy.sum(over) if bias_too else None
+            except Exception as exc:  # the other way knows what to do about it
+                drop_tensors(exc)
+            return carefully(dy, x, w)
+
+        return backward
+
+    return make() if all(one.settled for one in planned) else _Watching(make(), planned, make)
 
 
 Asked = tuple[Problem, Tensor, Tensor]
@@ -256,8 +421,17 @@ class _Planned:
         self._runner = runner
         # Strides of size-1 dimensions choose the layout of what is computed from the result.
         self._strides = strides if 1 in dims else None
-        self.run: Run = self._restrided(runner.unwatched or runner)
-        self.settled_as = runner.settled_as
+        self.settled, self.settled_as = False, ""
+        self.run: Run = self._restrided(runner)
+        self.settle()
+
+    def settle(self) -> bool:
+        """Take over the bare plan once nothing but a new token can change the choice; whether that is so."""
+        bare = self._runner.unwatched
+        if bare is not None and not self.settled:
+            self.run = self._restrided(bare)
+            self.settled, self.settled_as = True, self._runner.settled_as
+        return self.settled
 
     def _restrided(self, run: Run) -> Run:
         strides = self._strides

@@ -11,7 +11,9 @@ import pytest
 from convplan.engines.cudnn import library as finding
 from convplan.engines.cudnn.descriptors import live_descriptors
 from convplan.engines.cudnn.device import Device, load_for_absent_gpu
+from convplan.engines.cudnn.engine import CudnnEngine
 from convplan.engines.cudnn.library import Library
+from convplan.engines.cudnn.target import Target
 
 H200 = Path(__file__).with_name("h200-cudnn-9.19.0.deviceprop.json")
 
@@ -29,6 +31,18 @@ def library() -> Library:
 @pytest.fixture
 def h200() -> Device:
     return Device.from_properties(H200)
+
+
+@pytest.fixture
+def target(library: Library, h200: Device) -> Target:
+    """An H200 that is not there, for plans that are built and not run."""
+    return Target.absent(h200)
+
+
+@pytest.fixture
+def cudnn(target: Target) -> CudnnEngine:
+    """The engine for that GPU."""
+    return CudnnEngine(target)
 
 
 @pytest.fixture

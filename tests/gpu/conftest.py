@@ -22,8 +22,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def findings():
-    """A dictionary that ends as `$OUT/gpu_findings.json`: what ran, how often, and what failed with which reason."""
+    """A dictionary that ends in `$OUT/gpu_findings.json`: what ran, how often, and what failed with which reason."""
     found: dict[str, object] = {}
     yield found
     if found and os.environ.get("OUT"):
-        Path(os.environ["OUT"], "gpu_findings.json").write_text(json.dumps(found, indent=1, default=str))
+        path = Path(os.environ["OUT"], "gpu_findings.json")
+        before = json.loads(path.read_text()) if path.exists() else {}  # of the test files that ran before this one
+        path.write_text(json.dumps({**before, **found}, indent=1, default=str) + "\n")

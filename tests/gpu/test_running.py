@@ -187,11 +187,14 @@ def test_a_plan_refuses_addresses_it_was_not_made_for() -> None:
 @pytest.mark.behaviour("B1")
 def test_enabled_plans_for_the_addresses_that_come() -> None:
     x, w = tensors()
+    found = []
     with convplan.enabled(CUDNN):
         for offset in (0, 1, 2, 4, 8, 16):
             shifted = torch.empty(x.numel() + offset, dtype=x.dtype, device="cuda")
             shifted = shifted.as_strided(x.shape, x.stride(), offset).copy_(x)
-            close(F.conv2d(shifted, w, padding=1), x, w)
+            found.append(F.conv2d(shifted, w, padding=1))
+    for one in found:
+        close(one, x, w)
     assert convplan.stats()["planned"] == 5  # 32 bytes twice
 
 
@@ -213,7 +216,7 @@ def test_a_workspace_limit_holds(limit: int | None) -> None:
 def test_out_of_memory_costs_the_plan_and_not_the_convolution() -> None:
     x, w = tensors(n=32, c=64, size=56, dtype=torch.float32)
     x, w = x.contiguous(), w.contiguous()
-    problem = convplan.problem("wgrad", x, x, padding=1) if False else convplan.problem("fprop", x, w, padding=1)
+    problem = convplan.problem("fprop", x, w, padding=1)
     record = convplan.plan(problem, CUDNN_THEN_ATEN.replace(workspace_limit_bytes=2**40))
     hungry = [e for e in record.ranking if (e.workspace_bytes or 0) > 2**22]
     if not hungry:
@@ -221,21 +224,25 @@ def test_out_of_memory_costs_the_plan_and_not_the_convolution() -> None:
     gc.collect()
     torch.cuda.empty_cache()
     total = torch.cuda.get_device_properties(0).total_memory
-    room = torch.cuda.memory_reserved() + (hungry[0].workspace_bytes or 0) // 2 + x.nbytes
+    room = torch.cuda.memory_reserved() + x.nbytes + 2**23  # for the output, and little else
+    assert (hungry[0].workspace_bytes or 0) > 2**23
     torch.cuda.set_per_process_memory_fraction(min(room / total, 1.0))
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ConvPlanWarning)
             with convplan.enabled(CUDNN_THEN_ATEN.replace(workspace_limit_bytes=2**40)):
-                y = F.conv2d(x, w, padding=1)
-                again = F.conv2d(x, w, padding=1)
+                y = F.conv2d(x, w, padding=1).cpu()
+                again = F.conv2d(x, w, padding=1).cpu()
+                stats = convplan.stats()
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
-    torch.testing.assert_close(y.double(), right(x, w), rtol=2e-2, atol=2e-2)
+    assert stats["failed"] >= 1
+    torch.testing.assert_close(y.double(), right(x, w).cpu(), rtol=2e-2, atol=2e-2)
     torch.testing.assert_close(again, y, rtol=1e-2, atol=1e-2)
     assert torch.ones(4, device="cuda").sum().item() == 4  # no CUDA error is left behind
 
 
+@pytest.mark.timeout(240)
 @pytest.mark.behaviour("B20")
 def test_ten_thousand_problems_through_a_small_cache(monkeypatch: pytest.MonkeyPatch) -> None:
     import psutil
@@ -294,6 +301,7 @@ def test_what_was_planned_before_runs_inside_a_cuda_graph(training: bool) -> Non
     torch.testing.assert_close(found, expected, rtol=0, atol=0)
 
 
+@pytest.mark.filterwarnings("ignore:The CUDA Graph is empty:UserWarning")
 @pytest.mark.parametrize("miss", ["stock", "error"])
 def test_nothing_is_planned_while_a_cuda_graph_is_captured(miss: str) -> None:
     x, w = tensors(c=24)
@@ -310,12 +318,13 @@ def test_nothing_is_planned_while_a_cuda_graph_is_captured(miss: str) -> None:
             with pytest.warns(ConvPlanWarning, match="CUDA graph"), torch.cuda.graph(graph):
                 y = F.conv2d(x, w, padding=1)
             graph.replay()
-            torch.cuda.synchronize()
-            close(y, x, w)
-        assert convplan.stats()["planned"] == 0
         torch.cuda.synchronize()
-        close(F.conv2d(x, w, padding=1), x, w)  # afterwards it is planned as ever
+        assert convplan.stats()["planned"] == 0
+        after = F.conv2d(x, w, padding=1)  # is planned as ever
         assert convplan.stats()["planned"] == 1
+    close(after, x, w)
+    if miss == "stock":
+        close(y, x, w)
 
 
 @pytest.mark.behaviour("B7")
@@ -347,6 +356,9 @@ def test_flags_of_torch_are_followed_as_they_are_now() -> None:
 @pytest.mark.behaviour("B17")
 def test_measuring_verifies_times_and_ranks_on_the_gpu() -> None:
     x, w = tensors(n=8, c=64, size=28)
+    for dtype in (torch.float16, torch.float32):
+        torch.ones(64, 64, device="cuda", dtype=dtype) @ torch.ones(64, 64, device="cuda", dtype=dtype)  # cuBLAS's own
+    gc.collect()
     allocated = torch.cuda.memory_allocated()
     record = convplan.plan(convplan.problem("fprop", x, w, padding=1), Policy(budget_s=0.3))
     assert torch.cuda.memory_allocated() == allocated

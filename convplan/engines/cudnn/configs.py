@@ -27,7 +27,7 @@ SOURCES: dict[str, HeurMode] = {
     "fallback": HeurMode.FALLBACK,
 }
 MOST_CONFIGURATIONS = 512  # one list of the heuristics; those seen hold fewer than 100
-MOST_KNOBS = 64  # of one engine; asking for fewer than it has is an error
+MOST_KNOBS = 48  # of one engine; asking for fewer than it has is an error
 _KNOB_PREFIX = "knob_"  # of knobs newer than the table of names
 
 

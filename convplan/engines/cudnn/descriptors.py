@@ -274,19 +274,21 @@ class Descriptor:
             as_type: as for `set`.
         """
         kind = attribute.type if as_type is None else as_type
-        if kind in (AttributeType.BACKEND_DESCRIPTOR, AttributeType.CHAR):
-            other = "get_text" if kind is AttributeType.CHAR else "get_descriptors"
-            raise TypeError(f"{attribute.name} has values of type {kind.name}; use {other}")
+        _check_readable(attribute, kind)
         array = self._read(attribute, kind)
         names = _ENUMS.get(kind)
         return list(array) if names is None else [_member(names, number) for number in array]
 
     def get_one(self, attribute: Attribute, *, as_type: AttributeType | None = None) -> Any:
-        """The value of an attribute that has exactly one."""
-        values = self.get(attribute, as_type=as_type)
-        if len(values) != 1:
-            raise ValueError(f"{attribute.name} of {_name(self.kind)} has {len(values)} values, expected 1")
-        return values[0]
+        """The value of an attribute that has one, without asking for the count first; the first where it has several."""
+        kind = attribute.type if as_type is None else as_type
+        _check_readable(attribute, kind)
+        array = (_C_TYPES.get(kind, c_int) * 1)()
+        count = self._get(attribute, kind, 1, array)
+        if count != 1:
+            raise ValueError(f"{attribute.name} of {_name(self.kind)} has {count} values, expected 1")
+        names = _ENUMS.get(kind)
+        return array[0] if names is None else _member(names, array[0])
 
     def get_text(self, attribute: Attribute) -> str:
         """The value of an attribute of characters, such as a plan as JSON."""
@@ -317,15 +319,36 @@ class Descriptor:
             at_most: the library fills so many and drops the rest: knob choices need 46 or more (a count query
                 answers 0 for them), heuristics have had up to 100 results.
         """
-        made = [Descriptor(self.library, kind) for _ in range(at_most)]
-        array = (c_void_p * at_most)(*(descriptor.pointer for descriptor in made))
-        count = self._get(attribute, AttributeType.BACKEND_DESCRIPTOR, at_most, array)
-        found, spare = made[:count], made[count:]
-        for descriptor in spare:
-            descriptor.close()
-        for descriptor in found:
-            descriptor.finalized = True
+        # Most of those asked for stay unused; as Python objects they would take ten times as long as all the rest.
+        pointers: list[int] = []
+        try:
+            self._fill(kind, at_most, pointers)
+            array = (c_void_p * at_most)(*pointers)
+            count = self._get(attribute, AttributeType.BACKEND_DESCRIPTOR, at_most, array)
+            found = [Descriptor._adopt(self.library, kind, pointers.pop(0)) for _ in range(min(count, at_most))]
+        finally:
+            destroy = self.library.cdll.cudnnBackendDestroyDescriptor
+            for pointer in pointers:
+                destroy(pointer)
         return found
+
+    def _fill(self, kind: DescriptorType, count: int, pointers: list[int]) -> None:
+        create, pointer = self.library.cdll.cudnnBackendCreateDescriptor, c_void_p()
+        place = byref(pointer)
+        for _ in range(count):
+            status = create(kind, place)
+            if status:
+                check(self.library, status, "cudnnBackendCreateDescriptor", _name(kind))
+            pointers.append(pointer.value or 0)
+
+    @classmethod
+    def _adopt(cls, library: Library, kind: DescriptorType, pointer: int) -> Descriptor:
+        """A descriptor that the library has filled and finalized."""
+        made = cls.__new__(cls)
+        made.library, made.kind, made.pointer, made.finalized = library, kind, pointer, True
+        made._given, made._owned = set(), {}
+        _live[pointer] = None
+        return made
 
     def close(self) -> None:
         """Destroy it now; again is harmless."""
@@ -346,6 +369,12 @@ class Descriptor:
     def __repr__(self) -> str:
         state = "closed" if not self.pointer else "finalized" if self.finalized else "open"
         return f"<{_name(self.kind)} descriptor, {state}>"
+
+
+def _check_readable(attribute: Attribute, kind: AttributeType) -> None:
+    if kind in (AttributeType.BACKEND_DESCRIPTOR, AttributeType.CHAR):
+        other = "get_text" if kind is AttributeType.CHAR else "get_descriptors"
+        raise TypeError(f"{attribute.name} has values of type {kind.name}; use {other}")
 
 
 def _name(kind: int) -> str:

@@ -10,17 +10,19 @@ allocator (B26), which hands memory out again only in stream order.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 
 from convplan._errors import EngineUnavailable, PlanRejected
 from convplan._policy import Effort, Policy
-from convplan._problem import Problem
+from convplan._problem import Problem, TensorSpec
 from convplan.engines._support import TORCH_DTYPES, empty
 from convplan.engines.base import Built, Candidate, EngineConfig, Run, Support, no
 from convplan.engines.cudnn.configs import Configuration, heuristic_configurations
-from convplan.engines.cudnn.descriptors import CudnnError
+from convplan.engines.cudnn.descriptors import CudnnError, check
 from convplan.engines.cudnn.errata import Errata
 from convplan.engines.cudnn.graph import UIDS, dense, is_strided, needs_copy, operation_graph, refusal
 from convplan.engines.cudnn.plans import ExecutionPlan, build_plan
@@ -32,6 +34,23 @@ _SOURCES: dict[str, tuple[str, ...]] = {
 }
 _LETTERS = {"fprop": "xwy", "dgrad": "ywx", "wgrad": "xyw"}  # first input, second input, output
 COMPILED = "RUNTIME_COMPILATION"
+
+# Bound once: a call costs a few microseconds in all. Builds of torch without CUDA lack them, and run no plan.
+_current_device: Callable[[], int] = getattr(torch._C, "_cuda_getDevice", lambda: -1)
+_raw_stream: Callable[[int], int] = getattr(torch._C, "_cuda_getCurrentRawStream", lambda index: 0)
+
+
+def _inductors_allocator() -> Callable[..., torch.Tensor] | None:
+    """`empty_strided(dims, strides, dtype)` on the current GPU, as torch's own compiled code calls it.
+
+    1.9 us on the host, where `torch.empty_strided` takes 3.3 (torch 2.11). None where torch does not have it.
+    """
+    guards = getattr(torch._C, "_dynamo", None)
+    found = getattr(getattr(guards, "guards", None), "_empty_strided_cuda", None)
+    return found if callable(found) else None
+
+
+_allocate = _inductors_allocator()
 
 
 class CudnnEngine:
@@ -99,7 +118,11 @@ class CudnnEngine:
         """
         plans = _Plans(self, problem, config)
         plan = plans.build(self._target())
-        return Built(run=_make_run(problem, config, plans), workspace_bytes=plan.workspace_bytes)
+        form = _Form.of(problem, config)
+        run = _make_run(form, plans)
+        return Built(
+            run=run, workspace_bytes=plan.workspace_bytes, bind=functools.partial(_bound_run, form, plans, run)
+        )
 
     def build_execution_plan(self, problem: Problem, config: EngineConfig) -> ExecutionPlan:
         """The same as cuDNN's own plan, to be serialized or looked at."""
@@ -175,46 +198,99 @@ class _Plans:
         return PlanRejected(engine=CudnnEngine.name, config=str(self._config), reason=reason)
 
 
-def _make_run(problem: Problem, config: EngineConfig, plans: _Plans) -> Run:
-    """What the hot path calls: one allocation for the output, one for workspace if any, one look-up, one launch."""
-    spec = problem.output
-    dims, strides, dtype = spec.dims, spec.strides, TORCH_DTYPES[spec.dtype]
-    bias_shape = (1, -1, *[1] * problem.spatial_rank)
-    empty_strided, byte = torch.empty_strided, torch.uint8
-    copies = [s.layout == "strided" for s in problem.inputs] if config.knob("dense") else [False, False]
-    specs = (dense(problem) if any(copies) else problem).inputs
-    by_index = plans.by_index
+class _Form(NamedTuple):
+    """What a run needs to know of its problem, worked out once."""
 
-    def launch(first: torch.Tensor, second: torch.Tensor, result: torch.Tensor, index: int) -> None:
-        plan = by_index.get(index) or plans.at(index)
-        handle = handle_of(plan.descriptor.library, index)
-        stream = torch._C._cuda_getCurrentRawStream(index)
-        if stream != handle.stream:
-            handle.set_stream(stream)
-        if plan.workspace_bytes:
-            # Freed when this returns, and given out again in the order of this stream only.
-            scratch = torch.empty(plan.workspace_bytes, dtype=byte, device=first.device)
-            plan.execute(handle, (first.data_ptr(), second.data_ptr(), result.data_ptr(), scratch.data_ptr()))
-        else:
-            plan.execute(handle, (first.data_ptr(), second.data_ptr(), result.data_ptr(), 0))
+    dims: tuple[int, ...]
+    strides: tuple[int, ...]
+    dtype: torch.dtype
+    bias_shape: tuple[int, ...]
+    copies: tuple[TensorSpec | None, TensorSpec | None]  # the layout that an input is copied into, None for as it is
+
+    @classmethod
+    def of(cls, problem: Problem, config: EngineConfig) -> _Form:
+        made = dense(problem) if config.knob("dense") else problem
+        pairs = zip(problem.inputs, made.inputs, strict=True)
+        first, second = (after if before.strides != after.strides else None for before, after in pairs)
+        spec = problem.output
+        bias_shape = (1, -1, *[1] * problem.spatial_rank)
+        return cls(spec.dims, spec.strides, TORCH_DTYPES[spec.dtype], bias_shape, (first, second))
+
+    def place(self, out: torch.Tensor | None, device: torch.device) -> torch.Tensor:
+        """`out` where a plan can write to it, else a new tensor."""
+        if out is not None and out.stride() == self.strides and not out.data_ptr() & 31:
+            return out
+        return torch.empty_strided(self.dims, self.strides, dtype=self.dtype, device=device)
+
+    def arranged(self, first: torch.Tensor, second: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The inputs in layouts that the engine reads."""
+        one, two = self.copies
+        return (
+            first if one is None else empty(one, first.device).copy_(first),
+            second if two is None else empty(two, second.device).copy_(second),
+        )
+
+
+def _make_run(form: _Form, plans: _Plans) -> Run:
+    """A run for any thread and any GPU of this machine."""
 
     def run(
         first: torch.Tensor, second: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor | None
     ) -> torch.Tensor:
-        if copies[0]:
-            first = empty(specs[0], first.device).copy_(first)
-        if copies[1]:
-            second = empty(specs[1], second.device).copy_(second)
-        fits = out is not None and out.stride() == strides and not out.data_ptr() & 31
-        result = out if out is not None and fits else empty_strided(dims, strides, dtype=dtype, device=first.device)
         index = first.get_device()
-        if torch._C._cuda_getDevice() == index:
-            launch(first, second, result, index)
-        else:
-            with torch.cuda.device(index):
-                launch(first, second, result, index)
-        if bias is not None:
-            result.add_(bias.reshape(bias_shape))
-        return result if out is None or fits else out.copy_(result)
+        with torch.cuda.device(index):
+            first, second = form.arranged(first, second)
+            result = form.place(out, first.device)
+            plan = plans.at(index)
+            handle = handle_of(plan.descriptor.library, index)
+            handle.set_stream(_raw_stream(index))
+            # Freed when this returns, and given out again in the order of this stream only.
+            scratch = torch.empty(plan.workspace_bytes, dtype=torch.uint8, device=first.device)
+            plan.execute(handle, (first.data_ptr(), second.data_ptr(), result.data_ptr(), scratch.data_ptr()))
+            if bias is not None:
+                result.add_(bias.reshape(form.bias_shape))
+        return result if out is None or result is out else out.copy_(result)
 
     return run
+
+
+def _bound_run(form: _Form, plans: _Plans, run: Run) -> Run:
+    """The same for the calling thread and the current GPU: what the hot path calls.
+
+    One allocation for the output, one for workspace if any, a look-up, a launch. Whatever is rare goes to `run`.
+    """
+    index = torch.cuda.current_device()
+    plan = plans.at(index)
+    handle = handle_of(plan.descriptor.library, index)
+    if any(form.copies) or _allocate is None:
+        return run
+    dims, strides, dtype, bias_shape = form.dims, form.strides, form.dtype, form.bias_shape
+    allocate, raw_stream, current_device = _allocate, _raw_stream, _current_device
+    packs, library = plan.packs, plan.descriptor.library
+    execute, handle_pointer, plan_pointer = library.cdll.cudnnBackendExecute, handle.pointer, plan.descriptor.pointer
+    workspace, several = (plan.workspace_bytes,), torch.cuda.device_count() > 1
+    no_scratch, byte, unit = not plan.workspace_bytes, torch.uint8, (1,)
+
+    def bound(
+        first: torch.Tensor, second: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor | None
+    ) -> torch.Tensor:
+        if out is not None or (several and current_device() != index):
+            return run(first, second, bias, out)
+        result: torch.Tensor = allocate(dims, strides, dtype)
+        stream = raw_stream(index)
+        if stream != handle.stream:
+            handle.set_stream(stream)
+        if no_scratch:
+            addresses = (first.data_ptr(), second.data_ptr(), result.data_ptr(), 0)
+        else:
+            scratch = allocate(workspace, unit, byte)
+            addresses = (first.data_ptr(), second.data_ptr(), result.data_ptr(), scratch.data_ptr())
+        pack = packs.get(addresses)
+        if pack is None:
+            pack = plan.pack(addresses)
+        status = execute(handle_pointer, plan_pointer, pack.pointer)
+        if status:
+            check(library, status, "cudnnBackendExecute")
+        return result if bias is None else result.add_(bias.reshape(bias_shape))
+
+    return bound

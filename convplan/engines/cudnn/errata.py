@@ -41,7 +41,10 @@ MAX_QUOTED = 60  # characters of a file's own text in an error
 
 Text = Annotated[str, msgspec.Meta(min_length=1, max_length=MAX_TEXT)]
 RuleId = Annotated[str, msgspec.Meta(pattern=r"^[a-z0-9][a-z0-9._-]*$", max_length=80)]
-Url = Annotated[str, msgspec.Meta(pattern=r"^https?://[^\s]+$", max_length=MAX_TEXT)]
+# Of a public thread or document, or a path of this project's own results.
+Source = Annotated[
+    str, msgspec.Meta(pattern=r"^(https?://[^\s]+|benchmarks/results/[A-Za-z0-9_./-]+)$", max_length=MAX_TEXT)
+]
 KnobName = Annotated[str, msgspec.Meta(pattern=r"^[a-z][a-z0-9_]*$", max_length=64)]
 NoteName = Annotated[str, msgspec.Meta(pattern=r"^[A-Z][A-Z0-9_]*$", max_length=64)]
 Version = Annotated[str, msgspec.Meta(pattern=r"^[0-9]{1,2}\.[0-9]{1,2}(\.[0-9]{1,2})?$")]
@@ -129,45 +132,51 @@ class ErrataRule(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
     Args:
         id: names the rule wherever a configuration was dropped; unique among all files.
         reason: what happens, in one sentence.
-        source: the public thread or document that says so.
+        source: the public thread or document that says so, or the file in this project that shows it.
         operations: `fprop`, `dgrad`, `wgrad`.
         engines: global indices of cuDNN's engines.
-        knobs: values the configuration must have, all of them, by cuDNN's names of knobs in lower case.
+        knobs: values the configuration must have, all of them, by cuDNN's names of knobs in lower case; a number or a
+            range.
         notes: numerical notes the engine must carry, all of them, such as `TENSOR_CORE`.
         cudnn: versions of cuDNN.
         compute_capability: of the GPU.
         dtypes: of the first tensor read, as torch calls them: `float16`.
+        output_dtypes: of the tensor written.
         layouts: of the first tensor read: `contiguous`, `channels_last`, `strided`.
         spatial_rank: spatial dimensions as cuDNN sees them: 2 or 3, where 2 stands for one dimension too.
         groups, channels, filters: of the convolution; channels are those of the input x, filters those of y.
         depthwise: whether each input channel is a group of its own (and there are several).
+        uneven_padding: whether padding differs before and after in some dimension.
         filter_taps: filter sizes multiplied; 1 is a pointwise filter.
         elements: of the largest of the three tensors.
     """
 
     id: RuleId
     reason: Text
-    source: Url
+    source: Source
     operations: Annotated[tuple[Op, ...], _values] = ()
     engines: Annotated[tuple[Size, ...], _values] = ()
-    knobs: Annotated[dict[KnobName, int], _values] = {}
+    knobs: Annotated[dict[KnobName, int | Between], _values] = {}
     notes: Annotated[tuple[NoteName, ...], _values] = ()
     cudnn: Versions | None = None
     compute_capability: Capabilities | None = None
     dtypes: Annotated[tuple[str, ...], _values] = ()
+    output_dtypes: Annotated[tuple[str, ...], _values] = ()
     layouts: Annotated[tuple[Layout, ...], _values] = ()
     spatial_rank: Between | None = None
     groups: Between | None = None
     channels: Between | None = None
     filters: Between | None = None
     depthwise: bool | None = None
+    uneven_padding: bool | None = None
     filter_taps: Between | None = None
     elements: Between | None = None
 
     def __post_init__(self) -> None:
-        unknown = [name for name in self.dtypes if name not in DTYPES]
-        if unknown:
-            raise ValueError(f"dtypes: found {_quote(unknown)}, expected some of {', '.join(DTYPES)}")
+        for field in ("dtypes", "output_dtypes"):
+            unknown = [name for name in getattr(self, field) if name not in DTYPES]
+            if unknown:
+                raise ValueError(f"{field}: found {_quote(unknown)}, expected some of {', '.join(DTYPES)}")
         if not self.conditions:
             raise ValueError(f"found no condition, expected at least one of {', '.join(_CONDITIONS)}")
 
@@ -204,20 +213,28 @@ class _Question(NamedTuple):
     notes: frozenset[str]
 
 
+def _is_like(found: int | None, wanted: int | Between) -> bool:
+    if isinstance(wanted, Between):
+        return found is not None and found in wanted
+    return found == wanted
+
+
 _CONDITIONS: dict[str, Callable[[Any, _Question], bool]] = {
     "operations": lambda wanted, asked: asked.problem.op in wanted,
     "engines": lambda wanted, asked: asked.engine_index in wanted,
-    "knobs": lambda wanted, asked: all(asked.knobs.get(name) == value for name, value in wanted.items()),
+    "knobs": lambda wanted, asked: all(_is_like(asked.knobs.get(name), value) for name, value in wanted.items()),
     "notes": lambda wanted, asked: asked.notes.issuperset(wanted),
     "cudnn": lambda wanted, asked: asked.cudnn_version in wanted,
     "compute_capability": lambda wanted, asked: asked.capability in wanted,
     "dtypes": lambda wanted, asked: asked.problem.inputs[0].dtype in wanted,
+    "output_dtypes": lambda wanted, asked: asked.problem.output_dtype in wanted,
     "layouts": lambda wanted, asked: asked.problem.inputs[0].layout in wanted,
     "spatial_rank": lambda wanted, asked: max(asked.problem.spatial_rank, 2) in wanted,
     "groups": lambda wanted, asked: asked.problem.groups in wanted,
     "channels": lambda wanted, asked: asked.problem.x.dims[1] in wanted,
     "filters": lambda wanted, asked: asked.problem.w.dims[0] in wanted,
     "depthwise": lambda wanted, asked: wanted is (1 < asked.problem.groups == asked.problem.x.dims[1]),
+    "uneven_padding": lambda wanted, asked: wanted is any(before != after for before, after in asked.problem.padding),
     "filter_taps": lambda wanted, asked: math.prod(asked.problem.w.dims[2:]) in wanted,
     "elements": lambda wanted, asked: max(t.numel for t in (*asked.problem.inputs, asked.problem.output)) in wanted,
 }

@@ -31,19 +31,19 @@ class ExecutionPlan:
 
     Attributes:
         workspace_bytes: scratch memory that a run needs.
+        packs: variant packs by the addresses they hold, for callers that execute without a method call in between.
 
     Concurrency: may be executed by several threads at once, each with a handle of its own.
     """
 
-    __slots__ = ("_execute", "_packs", "_pointer", "_uids", "descriptor", "workspace_bytes")
+    __slots__ = ("_execute", "_uids", "descriptor", "packs", "workspace_bytes")
 
     def __init__(self, descriptor: Descriptor, uids: tuple[int, ...]) -> None:
         self.descriptor = descriptor
         self.workspace_bytes = int(descriptor.get_one(Attribute.EXECUTION_PLAN_WORKSPACE_SIZE))
         self._uids = uids
-        self._packs: dict[tuple[int, ...], Descriptor] = {}
+        self.packs: dict[tuple[int, ...], Descriptor] = {}
         self._execute = descriptor.library.cdll.cudnnBackendExecute
-        self._pointer = descriptor.pointer
 
     def execute(self, handle: Handle, addresses: tuple[int, ...]) -> None:
         """Start a run on the handle's stream.
@@ -55,22 +55,23 @@ class ExecutionPlan:
         Raises:
             CudnnError: the run could not be started.
         """
-        pack = self._packs.get(addresses)
+        pack = self.packs.get(addresses)
         if pack is None:
-            pack = self._pack(addresses)
-        status = self._execute(handle.pointer, self._pointer, pack.pointer)
+            pack = self.pack(addresses)
+        status = self._execute(handle.pointer, self.descriptor.pointer, pack.pointer)
         if status:
             check(self.descriptor.library, status, "cudnnBackendExecute")
 
-    def _pack(self, addresses: tuple[int, ...]) -> Descriptor:
+    def pack(self, addresses: tuple[int, ...]) -> Descriptor:
+        """A new variant pack for these addresses, kept in `packs`."""
         pack = Descriptor(self.descriptor.library, DescriptorType.VARIANT_PACK)
         pack.set(Attribute.VARIANT_PACK_UNIQUE_IDS, self._uids)
         pack.set(Attribute.VARIANT_PACK_DATA_POINTERS, addresses[:-1])
         pack.set(Attribute.VARIANT_PACK_WORKSPACE, addresses[-1])
         pack.finalize()
-        while len(self._packs) >= MOST_PACKS:  # the oldest goes; another thread may have taken it already
-            self._packs.pop(next(iter(self._packs)), None)
-        self._packs[addresses] = pack
+        while len(self.packs) >= MOST_PACKS:  # the oldest goes; another thread may have taken it already
+            self.packs.pop(next(iter(self.packs)), None)
+        self.packs[addresses] = pack
         return pack
 
     def serialize(self) -> bytes:
