@@ -81,7 +81,8 @@ def current(device: str, index: int | None = None) -> Environment:
     import torch
 
     if device == "cuda":
-        return _cuda_environment(torch.cuda.current_device() if index is None else index)
+        place = torch.cuda.current_device() if index is None else index
+        return _cuda_environment(place, torch.get_float32_matmul_precision())
     return Environment(device, (("torch", str(torch.__version__)),))
 
 
@@ -105,7 +106,7 @@ def _cpu_environment(state: LiveState) -> Environment:
 
 
 @functools.lru_cache(maxsize=64)
-def _cuda_environment(index: int) -> Environment:
+def _cuda_environment(index: int, matmul_precision: str) -> Environment:
     import torch
 
     properties = torch.cuda.get_device_properties(index)
@@ -118,6 +119,7 @@ def _cuda_environment(index: int) -> Environment:
             ("torch", str(torch.__version__)),
             ("cuda", str(torch.version.cuda)),
             ("cudnn", _guarded(lambda: str(torch.backends.cudnn.version()))),
+            ("matmul_precision", matmul_precision),
         ),
     )
 

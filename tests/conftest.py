@@ -33,3 +33,18 @@ def _same_numbers() -> None:
     torch.manual_seed(0)
     if torch.get_num_threads() != THREADS:
         torch.set_num_threads(THREADS)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Where these were run: how many tests carry each number, and how many lists equalled the front end's."""
+    passed = terminalreporter.getreports("passed")
+    lengths = [value for report in passed for name, value in report.user_properties if name == "oracle"]
+    if lengths:
+        told = f"{len(lengths)} lists, {sum(lengths)} configurations"
+        terminalreporter.write_line(f"equal to those of NVIDIA's front end, in order: {told}")
+    if any(report.nodeid.startswith("tests/test_behaviours.py") for report in passed):
+        from helpers import behaviours
+
+        terminalreporter.write_line("tests that carry the number of a behaviour:")
+        for line in behaviours.lines(behaviours.table()):
+            terminalreporter.write_line(f"  {line}")

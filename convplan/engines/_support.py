@@ -30,6 +30,12 @@ def dtype_refusal(problem: Problem) -> str:
     return f"inputs are {problem.dtype}, supported: {', '.join(FLOAT_DTYPES)}"
 
 
+def may_use_tf32(problem: Problem) -> bool:
+    """Whether torch's products of float32 matrices may round their factors to TF32 on the problem's device now."""
+    cuda_float32 = problem.device == "cuda" and problem.dtype == "float32"
+    return cuda_float32 and torch.get_float32_matmul_precision() != "highest"
+
+
 def in_range(values: torch.Tensor, dtype: str) -> torch.Tensor:
     """Float `values` with those that an integer or fp8 type cannot hold at its nearest end; rounded for integers.
 

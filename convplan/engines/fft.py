@@ -34,10 +34,10 @@ from torch.nn.functional import pad
 from convplan._errors import PlanRejected
 from convplan._policy import Effort, Policy
 from convplan._problem import DTYPES, Op, Problem
-from convplan.engines._support import TORCH_DTYPES, deliver, dtype_refusal, empty
+from convplan.engines._support import TORCH_DTYPES, deliver, dtype_refusal, empty, may_use_tf32
 from convplan.engines.base import YES, Built, Candidate, EngineConfig, Notes, Run, Support, no
 
-NOTES = Notes(numerical=("FFT",))
+NOTES, NOTES_TF32 = Notes(numerical=("FFT",)), Notes(numerical=("FFT", "TENSOR_CORE"))
 
 # Blocks to propose for each rank: the least, and multiples of the smallest power of two that holds the filter's span,
 # each shortened to what the number of its blocks needs.
@@ -83,7 +83,7 @@ class FftEngine:
             candidates.append(
                 Candidate(
                     EngineConfig.of(self.name, block=block),
-                    notes=NOTES,
+                    notes=NOTES_TF32 if may_use_tf32(problem) else NOTES,
                     workspace_bytes=_chunks(problem, fold).workspace_bytes,
                     flops=_flops(fold),
                 )

@@ -25,7 +25,7 @@ from convplan._errors import PlanRejected
 from convplan._policy import Effort, Policy
 from convplan._problem import Problem, TensorSpec
 from convplan.engines import _products
-from convplan.engines._support import TORCH_DTYPES, deliver, dtype_refusal, empty
+from convplan.engines._support import TORCH_DTYPES, deliver, dtype_refusal, empty, may_use_tf32
 from convplan.engines._windows import count_phases
 from convplan.engines.base import YES, Built, Candidate, EngineConfig, Notes, Support, no
 
@@ -210,6 +210,8 @@ def _candidate(problem: Problem, knobs: _Knobs) -> Candidate:
     numerical = []
     if knobs.compute == Compute.OWN and problem.dtype in NARROW and problem.device != "cpu":
         numerical = ["TENSOR_CORE", "REDUCED_PRECISION_REDUCTION"]  # torch lets cuBLAS reduce split sums in 16 bits
+    elif may_use_tf32(problem):
+        numerical = ["TENSOR_CORE"]
     return Candidate(
         config=knobs.config(),
         notes=Notes(numerical=tuple(numerical)),

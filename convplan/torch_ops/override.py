@@ -88,17 +88,20 @@ class _Seen:
     """
 
     __slots__ = (
-        "bias", "caller", "device", "dilation", "dtype", "dy_dtype", "dy_low", "dy_shape", "dy_strides", "flags",
-        "groups", "hits", "mask", "output_padding", "padding", "stride", "token", "transposed", "w_dtype", "w_shape",
-        "w_strides", "x_low", "x_shape", "x_strides",
+        "algorithms_deterministic", "bias", "caller", "cudnn_deterministic", "device", "dilation", "dtype", "dy_dtype",
+        "dy_low", "dy_shape", "dy_strides", "few_flags", "flags", "groups", "hits", "mask", "output_padding", "padding",
+        "stride", "token", "transposed", "w_dtype", "w_shape", "w_strides", "x_low", "x_shape", "x_strides",
     )  # fmt: skip
 
-    def __init__(self, x: Tensor, w: Tensor, **parts: Any) -> None:
+    def __init__(self, x: Tensor, w: Tensor, flags: tuple[object, ...], **parts: Any) -> None:
         self.x_shape, self.x_strides, self.x_low = x.shape, x.stride(), x.data_ptr() & 31
         self.w_shape, self.w_strides, self.w_dtype = w.shape, w.stride(), w.dtype
         self.dtype, self.device, self.hits = x.dtype, x.get_device(), local.callers.hits
         for name, value in parts.items():
             setattr(self, name, value)
+        # Two of the flags are compared first, and for most tensors on a GPU there are no others.
+        self.algorithms_deterministic, self.cudnn_deterministic = _algorithms_deterministic(), _cudnn_deterministic()
+        self.flags, self.few_flags = flags, len(flags) == 2
 
 
 def _forward(
@@ -132,7 +135,9 @@ def _forward(
         and transposed is seen.transposed
         and output_padding == seen.output_padding
         and (bias is None if seen.bias is None else bias is not None and (bias.shape, bias.dtype) == seen.bias)
-        and live_flags(seen.device, seen.dtype) == seen.flags
+        and _algorithms_deterministic() is seen.algorithms_deterministic
+        and _cudnn_deterministic() is seen.cudnn_deterministic
+        and (seen.few_flags or live_flags(seen.device, seen.dtype) == seen.flags)
     ):
         seen.hits[0] += 1
         found: Tensor = seen.caller(x, w, bias)
@@ -205,7 +210,9 @@ def _backward(
         and output_padding == seen.output_padding
         and output_mask == seen.mask
         and bias_sizes == seen.bias
-        and live_flags(seen.device, seen.dtype) == seen.flags
+        and _algorithms_deterministic() is seen.algorithms_deterministic
+        and _cudnn_deterministic() is seen.cudnn_deterministic
+        and (seen.few_flags or live_flags(seen.device, seen.dtype) == seen.flags)
     ):
         seen.hits[0] += 1
         found: Gradients = seen.caller(dy, x, w)

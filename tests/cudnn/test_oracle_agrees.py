@@ -23,7 +23,7 @@ from convplan.engines.cudnn.engine import CudnnEngine
 from convplan.engines.cudnn.graph import operation_graph
 from convplan.engines.cudnn.target import Target
 
-pytestmark = pytest.mark.usefixtures("target", "no_descriptor_left")  # the target brings the driver's stand-in
+pytestmark = pytest.mark.usefixtures("target")  # brings the driver's stand-in
 
 SOURCES = {"A": "mode_a", "B": "mode_b", "FALLBACK": "fallback"}
 BY_NAME = {case.name: case for case in CASES}

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from convplan.engines.base import Notes
-from convplan.engines.cudnn.descriptors import CudnnError, Descriptor
+from convplan.engines.cudnn.descriptors import CudnnError, Descriptor, Spare
 from convplan.engines.cudnn.enums import Attribute, BehaviorNote, DescriptorType, HeurMode, KnobType, NumericalNote
 
 if TYPE_CHECKING:
@@ -85,18 +85,26 @@ def heuristic_configurations(graph: Descriptor, target: Target, source: str) -> 
     try:
         heuristics.finalize()
         found = heuristics.get_descriptors(
-            Attribute.ENGINEHEUR_RESULTS, DescriptorType.ENGINECFG, at_most=MOST_CONFIGURATIONS
+            Attribute.ENGINEHEUR_RESULTS,
+            DescriptorType.ENGINECFG,
+            at_most=min(heuristics.count(Attribute.ENGINEHEUR_RESULTS), MOST_CONFIGURATIONS),
         )
     except CudnnError as exc:
         if exc.not_supported:
             return []
         raise
-    return [_described(config, source) for config in found]
+    knobs = Spare(graph.library, DescriptorType.KNOB_CHOICE)
+    try:
+        return [_described(config, source, knobs) for config in found]
+    finally:
+        knobs.close()
 
 
-def _described(config: Descriptor, source: str) -> Configuration:
+def _described(config: Descriptor, source: str, spare: Spare) -> Configuration:
     (engine,) = config.get_descriptors(Attribute.ENGINECFG_ENGINE, DescriptorType.ENGINE, at_most=1)
-    knobs = config.get_descriptors(Attribute.ENGINECFG_KNOB_CHOICES, DescriptorType.KNOB_CHOICE, at_most=MOST_KNOBS)
+    knobs = config.get_descriptors(
+        Attribute.ENGINECFG_KNOB_CHOICES, DescriptorType.KNOB_CHOICE, at_most=MOST_KNOBS, spare=spare
+    )
     return Configuration(
         engine=engine.get_one(Attribute.ENGINE_GLOBAL_INDEX),
         knobs=tuple(

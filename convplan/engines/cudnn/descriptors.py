@@ -188,6 +188,30 @@ def make_handle(library: Library) -> Handle:
     return Handle(library, pointer.value or 0)
 
 
+class Spare:
+    """Empty descriptors for the library to fill. Most of those asked for stay unused: as `Descriptor`s, or made anew
+    each time, they would take longer than everything else that is asked of a configuration."""
+
+    def __init__(self, library: Library, kind: DescriptorType) -> None:
+        self.library, self.kind = library, kind
+        self.pointers: list[int] = []
+
+    def fill(self, count: int) -> None:
+        """Have that many at least."""
+        create, pointer = self.library.cdll.cudnnBackendCreateDescriptor, c_void_p()
+        place = byref(pointer)
+        while len(self.pointers) < count:
+            status = create(self.kind, place)
+            if status:
+                check(self.library, status, "cudnnBackendCreateDescriptor", _name(self.kind))
+            self.pointers.append(pointer.value or 0)
+
+    def close(self) -> None:
+        """Destroy them."""
+        while self.pointers:
+            self.library.cdll.cudnnBackendDestroyDescriptor(self.pointers.pop())
+
+
 class Descriptor:
     """One backend descriptor. Destroyed with this object; keeps the descriptors and handles it was given alive.
 
@@ -280,7 +304,7 @@ class Descriptor:
         return list(array) if names is None else [_member(names, number) for number in array]
 
     def get_one(self, attribute: Attribute, *, as_type: AttributeType | None = None) -> Any:
-        """The value of an attribute that has one, without asking for the count first; the first where it has several."""
+        """The value of an attribute that has one, asked for without a count; the first where it has several."""
         kind = attribute.type if as_type is None else as_type
         _check_readable(attribute, kind)
         array = (_C_TYPES.get(kind, c_int) * 1)()
@@ -293,6 +317,10 @@ class Descriptor:
     def get_text(self, attribute: Attribute) -> str:
         """The value of an attribute of characters, such as a plan as JSON."""
         return bytes(self._read(attribute, AttributeType.CHAR)).rstrip(b"\0").decode()
+
+    def count(self, attribute: Attribute) -> int:
+        """How many values an attribute says it has; knob choices always say 0."""
+        return self._get(attribute, attribute.type, 0, None)
 
     def _read(self, attribute: Attribute, kind: AttributeType) -> Any:
         count = self._get(attribute, kind, 0, None)
@@ -310,7 +338,9 @@ class Descriptor:
             check(self.library, status, "cudnnBackendGetAttribute", attribute.name)
         return found.value
 
-    def get_descriptors(self, attribute: Attribute, kind: DescriptorType, *, at_most: int = 1) -> list[Descriptor]:
+    def get_descriptors(
+        self, attribute: Attribute, kind: DescriptorType, *, at_most: int = 1, spare: Spare | None = None
+    ) -> list[Descriptor]:
         """The descriptors that an attribute holds: copies, finalized by the library and owned by the caller.
 
         Args:
@@ -318,28 +348,18 @@ class Descriptor:
             kind: what they describe.
             at_most: the library fills so many and drops the rest: knob choices need 46 or more (a count query
                 answers 0 for them), heuristics have had up to 100 results.
+            spare: takes and keeps those that stay unfilled, for callers that ask many times.
         """
-        # Most of those asked for stay unused; as Python objects they would take ten times as long as all the rest.
-        pointers: list[int] = []
+        stock = Spare(self.library, kind) if spare is None else spare
         try:
-            self._fill(kind, at_most, pointers)
-            array = (c_void_p * at_most)(*pointers)
-            count = self._get(attribute, AttributeType.BACKEND_DESCRIPTOR, at_most, array)
-            found = [Descriptor._adopt(self.library, kind, pointers.pop(0)) for _ in range(min(count, at_most))]
+            stock.fill(at_most)
+            array = (c_void_p * at_most)(*stock.pointers)
+            count = min(self._get(attribute, AttributeType.BACKEND_DESCRIPTOR, at_most, array), at_most)
+            filled, stock.pointers = stock.pointers[:count], stock.pointers[count:]
+            return [Descriptor._adopt(self.library, kind, pointer) for pointer in filled]
         finally:
-            destroy = self.library.cdll.cudnnBackendDestroyDescriptor
-            for pointer in pointers:
-                destroy(pointer)
-        return found
-
-    def _fill(self, kind: DescriptorType, count: int, pointers: list[int]) -> None:
-        create, pointer = self.library.cdll.cudnnBackendCreateDescriptor, c_void_p()
-        place = byref(pointer)
-        for _ in range(count):
-            status = create(kind, place)
-            if status:
-                check(self.library, status, "cudnnBackendCreateDescriptor", _name(kind))
-            pointers.append(pointer.value or 0)
+            if spare is None:
+                stock.close()
 
     @classmethod
     def _adopt(cls, library: Library, kind: DescriptorType, pointer: int) -> Descriptor:

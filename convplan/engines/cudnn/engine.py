@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
+from ctypes import c_void_p
 from typing import NamedTuple
 
 import torch
@@ -267,7 +268,9 @@ def _bound_run(form: _Form, plans: _Plans, run: Run) -> Run:
     dims, strides, dtype, bias_shape = form.dims, form.strides, form.dtype, form.bias_shape
     allocate, raw_stream, current_device = _allocate, _raw_stream, _current_device
     packs, library = plan.packs, plan.descriptor.library
-    execute, handle_pointer, plan_pointer = library.cdll.cudnnBackendExecute, handle.pointer, plan.descriptor.pointer
+    execute = library.cdll.cudnnBackendExecute
+    # Made once: ctypes would make them from numbers at every call.
+    handle_pointer, plan_pointer = c_void_p(handle.pointer), c_void_p(plan.descriptor.pointer)
     workspace, several = (plan.workspace_bytes,), torch.cuda.device_count() > 1
     no_scratch, byte, unit = not plan.workspace_bytes, torch.uint8, (1,)
 
@@ -288,7 +291,7 @@ def _bound_run(form: _Form, plans: _Plans, run: Run) -> Run:
         pack = packs.get(addresses)
         if pack is None:
             pack = plan.pack(addresses)
-        status = execute(handle_pointer, plan_pointer, pack.pointer)
+        status = execute(handle_pointer, plan_pointer, pack)
         if status:
             check(library, status, "cudnnBackendExecute")
         return result if bias is None else result.add_(bias.reshape(bias_shape))

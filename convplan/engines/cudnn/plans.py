@@ -7,6 +7,7 @@ torch's allocator hands out the same addresses again and again, each plan keeps 
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
@@ -20,6 +21,12 @@ if TYPE_CHECKING:
 
 MOST_PACKS = 64  # of one plan; each holds about 1 KB
 MOST_JSON_BYTES = 16 * 2**20  # of a serialized plan; fused ones have about 0.1 MB
+
+
+class Pack(ctypes.c_void_p):
+    """A variant pack as the C call takes it, made once: ctypes would make it from a number at every call."""
+
+    descriptor: Descriptor  # owns it
 
 
 class ExecutionPlan:
@@ -42,7 +49,7 @@ class ExecutionPlan:
         self.descriptor = descriptor
         self.workspace_bytes = int(descriptor.get_one(Attribute.EXECUTION_PLAN_WORKSPACE_SIZE))
         self._uids = uids
-        self.packs: dict[tuple[int, ...], Descriptor] = {}
+        self.packs: dict[tuple[int, ...], Pack] = {}
         self._execute = descriptor.library.cdll.cudnnBackendExecute
 
     def execute(self, handle: Handle, addresses: tuple[int, ...]) -> None:
@@ -58,17 +65,18 @@ class ExecutionPlan:
         pack = self.packs.get(addresses)
         if pack is None:
             pack = self.pack(addresses)
-        status = self._execute(handle.pointer, self.descriptor.pointer, pack.pointer)
+        status = self._execute(handle.pointer, self.descriptor.pointer, pack)
         if status:
             check(self.descriptor.library, status, "cudnnBackendExecute")
 
-    def pack(self, addresses: tuple[int, ...]) -> Descriptor:
+    def pack(self, addresses: tuple[int, ...]) -> Pack:
         """A new variant pack for these addresses, kept in `packs`."""
-        pack = Descriptor(self.descriptor.library, DescriptorType.VARIANT_PACK)
-        pack.set(Attribute.VARIANT_PACK_UNIQUE_IDS, self._uids)
-        pack.set(Attribute.VARIANT_PACK_DATA_POINTERS, addresses[:-1])
-        pack.set(Attribute.VARIANT_PACK_WORKSPACE, addresses[-1])
-        pack.finalize()
+        descriptor = Descriptor(self.descriptor.library, DescriptorType.VARIANT_PACK)
+        descriptor.set(Attribute.VARIANT_PACK_UNIQUE_IDS, self._uids)
+        descriptor.set(Attribute.VARIANT_PACK_DATA_POINTERS, addresses[:-1])
+        descriptor.set(Attribute.VARIANT_PACK_WORKSPACE, addresses[-1])
+        pack = Pack(descriptor.finalize().pointer)
+        pack.descriptor = descriptor
         while len(self.packs) >= MOST_PACKS:  # the oldest goes; another thread may have taken it already
             self.packs.pop(next(iter(self.packs)), None)
         self.packs[addresses] = pack
