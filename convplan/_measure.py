@@ -15,7 +15,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 from convplan._errors import PlanRejected
 from convplan.engines.base import EngineConfig
@@ -69,6 +69,7 @@ def race(
     clock: Clock = time.perf_counter_ns,
     seed: int = 0,
     synchronize: Callable[[], object] | None = None,
+    timer: Timer | None = None,
 ) -> tuple[list[Measurement], list[Slower]]:
     """Time the contestants against each other.
 
@@ -78,19 +79,34 @@ def race(
         clock: nanoseconds; a virtual one in tests.
         seed: of the shuffles.
         synchronize: waits for the device to finish; None where calls return when the work is done.
+        timer: takes the samples instead, with a clock of its own; None: the host's clock.
 
     Returns:
         Measurements, fastest first, and those that were cut off or raised while timed, with the reason.
     """
-    timer = _Timer(clock, synchronize)
     with _garbage_collection_off():
-        return _Race(contestants, timer, budget_s, seed).run()
+        return _Race(contestants, timer or _HostTimer(clock, synchronize), budget_s, seed).run()
 
 
-class _Timer:
+class Timer(Protocol):
+    """Takes samples: how many calls make one, and microseconds a call."""
+
+    clock: Clock
+
+    def repeats(self, first_us: float) -> int:
+        """Calls in one sample, from one earlier call's time."""
+
+    def sample_us(self, call: Callable[[], object], repeats: int) -> float:
+        """Mean microseconds of so many calls."""
+
+
+class _HostTimer:
     def __init__(self, clock: Clock, synchronize: Callable[[], object] | None) -> None:
         self.clock = clock
         self._synchronize = synchronize
+
+    def repeats(self, first_us: float) -> int:
+        return max(1, math.ceil(MIN_SAMPLE_US / max(first_us, 1.0)))
 
     def sample_us(self, call: Callable[[], object], repeats: int) -> float:
         if self._synchronize is not None:
@@ -104,7 +120,7 @@ class _Timer:
 
 
 class _Race:
-    def __init__(self, contestants: Sequence[Contestant], timer: _Timer, budget_s: float, seed: int) -> None:
+    def __init__(self, contestants: Sequence[Contestant], timer: Timer, budget_s: float, seed: int) -> None:
         self._all = list(contestants)
         self._timer = timer
         self._budget_us = budget_s * 1e6
@@ -115,7 +131,7 @@ class _Race:
     def run(self) -> tuple[list[Measurement], list[Slower]]:
         running = self._cut_off(self._all)
         begin = self._timer.clock()
-        repeats = {c.config: self._repeats(c.first_us) for c in running}
+        repeats = {c.config: self._timer.repeats(c.first_us) for c in running}
         for round_number in range(MAX_ROUNDS):
             self._random.shuffle(running)
             for contestant in tuple(running):
@@ -135,9 +151,6 @@ class _Race:
             if (self._timer.clock() - begin) / 1e3 >= self._budget_us:
                 break
         return self._ranked(), self._slower
-
-    def _repeats(self, first_us: float) -> int:
-        return max(1, math.ceil(MIN_SAMPLE_US / max(first_us, 1.0)))
 
     def _sample(self, contestant: Contestant, repeats: int) -> float | None:
         try:

@@ -36,7 +36,7 @@ class Evidence(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
             other candidates), or `no`.
         rejected: the stage that dropped it (`enumerate`, `filter`, `build`, `verify`, `measure`, or `run` for one that
             failed later), empty for a usable one.
-        reason: why.
+        reason: why; for a usable one a remark, such as how it was timed where that is not the usual way.
     """
 
     config: EngineConfig

@@ -30,6 +30,7 @@ from convplan.engines.base import FALLBACK, LAST_RESORT, Built, Candidate, Engin
 if TYPE_CHECKING:
     import torch
 
+    from convplan._measure_cuda import GraphTimer
     from convplan._verify import Verifier
 
 log = logging.getLogger("convplan.planner")
@@ -52,6 +53,7 @@ class _Live(msgspec.Struct):
     first_us: float = 0.0
     error: float | None = None
     verified: str = "no"
+    remark: str = ""
 
     def evidence(self, rejected: str = "", reason: str = "", measured: Measurement | None = None) -> Evidence:
         workspace = self.candidate.workspace_bytes if self.built is None else self.built.workspace_bytes
@@ -66,7 +68,7 @@ class _Live(msgspec.Struct):
             error=self.error,
             verified=self.verified,
             rejected=rejected,
-            reason=reason,
+            reason=reason or self.remark,
         )
 
 
@@ -421,9 +423,26 @@ def measure_candidates(
             rejected.append(item.evidence("measure", f"failed while timed: {_reason(exc)}"))
         else:
             contestants.append(Contestant(config, calls[config], min(time_us, item.first_us)))
-    measurements, slower = race(contestants, budget_s=policy.budget_s, clock=clock, synchronize=synchronize)
+    timer = _gpu_timer(verifier.problem, clock)
+    measurements, slower = race(
+        contestants, budget_s=policy.budget_s, clock=clock, synchronize=synchronize, timer=timer
+    )
+    for config, call in calls.items():
+        if timer is not None and timer.sampled(call) and not timer.is_captured(call):
+            timed[config].remark = "timed without a CUDA graph, into which it could not be captured"
     rejected += [timed[one.config].evidence("measure", one.reason) for one in slower]
     return [(timed[m.config], m) for m in measurements], rejected
+
+
+def _gpu_timer(problem: Problem, clock: Clock) -> GraphTimer | None:
+    """CUDA graphs where there is a GPU to time; None: the host's clock."""
+    if problem.device != "cuda":
+        return None
+    import torch
+
+    from convplan._measure_cuda import GraphTimer
+
+    return GraphTimer(torch.device("cuda", torch.cuda.current_device()), clock)
 
 
 def _time_us(call: Callable[[], object], clock: Clock, synchronize: Callable[[], object] | None) -> float:

@@ -33,9 +33,12 @@ def test_no_test_carries_a_number_that_does_not_exist() -> None:
     [
         ("def test_a(): pass", {"test_a": []}),
         ("@pytest.mark.behaviour('B1')\ndef test_a(): pass\ndef test_b(): pass", {"test_a": ["B1"], "test_b": []}),
-        ("@pytest.mark.behaviour('B1', 'B2')\n@mark.behaviour('B3')\ndef test_a(): pass", {"test_a": ["B1", "B2", "B3"]}),
         (
-            "pytestmark = [mark.behaviour('B1'), mark.slow]\ndef helper(): pass\n@mark.behaviour('B1')\ndef test_a(): pass",
+            "@pytest.mark.behaviour('B1', 'B2')\n@mark.behaviour('B3')\ndef test_a(): pass",
+            {"test_a": ["B1", "B2", "B3"]},
+        ),
+        (
+            "pytestmark = [mark.slow, mark.behaviour('B1')]\ndef helper(): 0\n@mark.behaviour('B1')\ndef test_a(): 0",
             {"test_a": ["B1"]},
         ),
         (

@@ -7,6 +7,7 @@ workspace limit is always given, for its default is what the allocator of a real
 from __future__ import annotations
 
 import collections
+import contextlib
 import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -14,12 +15,20 @@ from typing import Any
 
 import msgspec
 import pytest
+import torch
 from helpers.fresh import fresh_process
 from helpers.plans import HERE
 
 import convplan
 from convplan import ErrataError, Evidence, NoPlan, Notes, PlanRecord, Policy, Problem
-from convplan._planner import build_candidates, enumerate_candidates, filter_candidates, plan_problem
+from convplan._planner import (
+    _cache_emptied,
+    _fit_workspace,
+    build_candidates,
+    enumerate_candidates,
+    filter_candidates,
+    plan_problem,
+)
 from convplan._policy import Effort
 from convplan.engines.base import Candidate
 from convplan.engines.cudnn.configs import heuristic_configurations
@@ -257,12 +266,10 @@ def test_a_smaller_workspace_limit_leaves_a_subset_in_the_same_order(asked: Prob
 def test_what_is_within_the_limit_when_proposed_is_so_when_built() -> None:
     policy = ANYTHING.replace(workspace_limit_bytes=2**20)
     live, _ = filter_candidates(enumerate_candidates(WGRAD32, policy, "measure")[0], WGRAD32, policy)
-    built, rejected = build_candidates(live, WGRAD32, policy)
+    made, rejected = build_candidates(live, WGRAD32, policy)
     assert rejected == []
-    assert max(item.built.workspace_bytes for item in built if item.built) <= 2**20
-    assert [item.built.workspace_bytes for item in built if item.built] == [
-        item.candidate.workspace_bytes for item in live
-    ]
+    assert max(map(size, made)) <= 2**20
+    assert [*map(size, made)] == [item.candidate.workspace_bytes for item in live]
 
 
 @pytest.mark.behaviour("B12")
@@ -279,10 +286,90 @@ def test_a_workspace_that_only_building_tells_is_judged_then(target: Target) -> 
     policy = ANYTHING.replace(workspace_limit_bytes=limit)
     live, _ = filter_candidates(enumerate_candidates(WGRAD32, policy, "measure")[0], WGRAD32, policy)
     assert len(live) > len(told)
-    built, rejected = build_candidates(live, WGRAD32, policy)
-    assert [item.candidate.config for item in built] == [one.config for one in told]
+    made, rejected = build_candidates(live, WGRAD32, policy)
+    assert [item.candidate.config for item in made] == [one.config for one in told]
     assert {one.rejected for one in rejected} == {"build"}
     assert all(f"is over the limit of {limit} bytes" in one.reason for one in rejected)
+
+
+# ---- memory while measuring
+
+
+@pytest.fixture
+def allocator(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], list[int]]:
+    """Lets torch allocate up to so many bytes at once; returns the list of what is asked for from then on."""
+
+    def script(room: int) -> list[int]:
+        asked: list[int] = []
+
+        def empty(size: int, *, dtype: torch.dtype, device: torch.device) -> None:
+            assert dtype is torch.uint8
+            asked.append(size)
+            if size > room:
+                raise torch.OutOfMemoryError(f"{size} bytes")
+
+        monkeypatch.setattr(torch, "empty", empty)
+        return asked
+
+    return script
+
+
+@pytest.mark.behaviour("B16")
+@pytest.mark.parametrize("part", [1, 2, 3, 7, 2**40])
+def test_the_largest_workspace_is_tried_first_and_halved_until_it_fits(
+    part: int, allocator: Callable[[int], list[int]]
+) -> None:
+    live = built(WGRAD32)
+    largest = max(size(item) for item in live)
+    assert largest > 4 * 2**20
+    asked = allocator(largest // part)
+    dropped = _fit_workspace(live, torch.device("cuda"))
+    assert asked == [largest >> turn for turn in range(len(asked))]
+    got = asked[-1] if asked[-1] <= largest // part else 0
+    assert [one.config for one in dropped] == [item.candidate.config for item in live if size(item) > got]
+    assert bool(dropped) is (part > 1)
+    for one in dropped:
+        assert one.rejected == "measure"
+        assert f"workspace {one.workspace_bytes} bytes, {got} bytes could be allocated" in one.reason
+
+
+@pytest.mark.behaviour("B16")
+def test_more_than_a_tebibyte_is_out_of_memory_without_trying(allocator: Callable[[int], list[int]]) -> None:
+    live = built(WGRAD32)[:2]
+    huge = msgspec.structs.replace(live[0].built, workspace_bytes=2**40 + 1)
+    live[0].built = huge
+    asked = allocator(2**60)
+    assert [one.config for one in _fit_workspace(live, torch.device("cuda"))] == [live[0].candidate.config]
+    assert asked == [2**40]
+
+
+def built(asked: Problem) -> list[Any]:
+    """Every candidate of a problem on its way through planning, built."""
+    live, _ = filter_candidates(enumerate_candidates(asked, ANYTHING, "measure")[0], asked, ANYTHING)
+    return build_candidates(live, asked, ANYTHING)[0]
+
+
+def size(item: Any) -> int:
+    return int(item.built.workspace_bytes)
+
+
+@pytest.mark.behaviour("B17")
+@pytest.mark.parametrize("setting", [True, False])
+@pytest.mark.parametrize("fails", [True, False])
+def test_torchs_cache_is_emptied_around_measuring_where_torchs_setting_asks_for_it(
+    setting: bool, fails: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done: list[str] = []
+    monkeypatch.setattr(torch._C, "_cuda_get_conv_benchmark_empty_cache", lambda: setting, raising=False)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: done.append("emptied"))
+    with contextlib.suppress(ZeroDivisionError), _cache_emptied(torch.device("cuda")):
+        done.append("measured")
+        assert not fails or 1 // 0
+    assert done == (["emptied", "measured", "emptied"] if setting else ["measured"])
+    done.clear()
+    with _cache_emptied(torch.device("cpu")):
+        done.append("measured")
+    assert done == ["measured"]
 
 
 # ---- sources

@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 
 import convplan
-from convplan import CaptureMiss, ConvPlanWarning, Epilogue, Plan, Policy, Problem, SpecError, TensorSpec
+from convplan import CaptureMiss, ConvPlanWarning, Epilogue, Plan, Policy, Problem, SpecError, TensorSpec, _environment
+from convplan._planner import plan_problem
 from convplan.engines.cudnn.descriptors import live_descriptors
 
 CUDNN = Policy(engines=("cudnn",), effort="instant")
@@ -369,6 +370,42 @@ def test_measuring_verifies_times_and_ranks_on_the_gpu() -> None:
     assert record.config.engine in ("cudnn", "aten", "matmul", "fft")
     assert not [e for e in record.rejected if e.rejected == "verify"], record.explain()
     close(record.build().run(x, w), x, w)
+
+
+def test_candidates_are_timed_as_graphs_and_without_where_that_cannot_be() -> None:
+    from convplan._measure_cuda import GraphTimer
+
+    x, w = tensors()
+    plan = plan_for(x, w)
+    torch.cuda.synchronize()
+    allocated = torch.cuda.memory_allocated()
+    timer = GraphTimer(torch.device("cuda", 0))
+
+    def launch() -> torch.Tensor:
+        return plan.unchecked_run(x, w, None, None)
+
+    def wait() -> float:
+        return launch().sum().item()
+
+    for call, captured in ((launch, True), (wait, False), (launch, True)):
+        assert timer.sample_us(call, 4) > 0
+        assert timer.is_captured(call) is captured
+    assert timer.repeats(1e6) == 1
+    assert timer.repeats(30.0) > 4
+    close(launch(), x, w)
+    del timer
+    gc.collect()
+    assert torch.cuda.memory_allocated() == allocated
+
+
+def test_planning_times_graphs() -> None:
+    x, w = tensors(n=8, c=64, size=28)
+    record = plan_problem(
+        convplan.problem("fprop", x, w, padding=1), Policy(budget_s=0.3).resolve(), _environment.current("cuda")
+    )
+    timed = [e for e in record.ranking if e.median_us]
+    assert len(timed) > 5
+    assert not [str(e.config) for e in timed if e.reason], "not captured"
 
 
 def test_a_bias_is_added() -> None:

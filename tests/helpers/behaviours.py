@@ -1,4 +1,4 @@
-"""Which tests show which numbered behaviour, read from the files: also of tests that are skipped or not collected here."""
+"""Which tests show which numbered behaviour, read from the files, so that tests that are skipped here count too."""
 
 from __future__ import annotations
 
@@ -70,5 +70,5 @@ def lines(found: Table, per_line: int = 10) -> list[str]:
     for letter, last in OURS.items():
         for first in range(1, last + 1, per_line):
             shown = [f"{letter}{n}" for n in range(first, min(first + per_line, last + 1))]
-            rows.append("  ".join(f"{number} {len(found.get(number, ())):>2}" for number in shown))
+            rows.append("  ".join(f"{number:>3} {len(found.get(number, ())):>2}" for number in shown))
     return rows
