@@ -460,15 +460,20 @@ def _built(item: _Live) -> Built:
 
 def rank(measured: Sequence[tuple[_Live, Measurement]], live: Sequence[_Live]) -> list[Evidence]:
     """Fastest first, except that those who tie with the fastest are ordered by what does not change from run to run:
-    deterministic first, then less workspace, then the engines' order (C5)."""
+    deterministic first, last resorts last, then less workspace, then the engines' order (C5)."""
     if not measured:
         return []
     order = {item.candidate.config: place for place, item in enumerate(live)}
     leader_us = min(m.median_us for _, m in measured)
 
-    def tie_order(pair: tuple[_Live, Measurement]) -> tuple[bool, int, int]:
+    def tie_order(pair: tuple[_Live, Measurement]) -> tuple[bool, bool, int, int]:
         item, _ = pair
-        return not item.candidate.notes.deterministic, _built(item).workspace_bytes, order[item.candidate.config]
+        return (
+            not item.candidate.notes.deterministic,
+            item.candidate.source == LAST_RESORT,  # what is behind it, and its workspace, are torch's secret
+            _built(item).workspace_bytes,
+            order[item.candidate.config],
+        )
 
     ties = sorted((pair for pair in measured if pair[1].ties_with_leader(leader_us)), key=tie_order)
     rest = sorted((pair for pair in measured if not pair[1].ties_with_leader(leader_us)), key=lambda p: p[1].median_us)

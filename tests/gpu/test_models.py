@@ -111,12 +111,27 @@ def test_losses_follow_stock_torch_with_cudnn_plans_alone(name: str, precision: 
         with convplan.enabled(Policy(engines=("cudnn",), effort="instant")):
             mine = train(MODELS[name], dtype)
         stats = convplan.stats()
-    drift = max(abs(a - b) for a, b in zip(mine, stock, strict=True))
-    findings[f"training {name} {precision}"] = {"stock": stock, "convplan": mine, "drift": drift, "stats": stats}
+        # Stock torch against itself, with other algorithms: how far rounding alone carries two trainings apart.
+        torch.backends.cudnn.deterministic = True
+        other = train(MODELS[name], dtype)
+        torch.backends.cudnn.benchmark = True
+        third = train(MODELS[name], dtype)
+
+    def apart(one: list[float], two: list[float]) -> float:
+        return max(abs(a - b) for a, b in zip(one, two, strict=True))
+
+    drift, natural = apart(mine, stock), max(apart(other, stock), apart(third, stock))
+    findings[f"training {name} {precision}"] = {
+        "stock": stock,
+        "convplan": mine,
+        "drift": drift,
+        "natural": natural,
+        "stats": stats,
+    }
     assert (stats["fell_back"], stats["failed"]) == (0, 0)
     assert stats["planned"] > 10
     assert stats["hits"] > 5 * stats["misses"]
-    assert drift <= allowed * stock[0]
+    assert drift <= max(allowed * stock[0], 2 * natural)
     assert stock[0] - min(stock) > 2 * allowed * stock[0]  # it learns more than that
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from convplan.engines.base import Notes
-from convplan.engines.cudnn.descriptors import CudnnError, Descriptor, Spare
+from convplan.engines.cudnn.descriptors import CudnnError, Descriptor, Spare, last_text
 from convplan.engines.cudnn.enums import Attribute, BehaviorNote, DescriptorType, HeurMode, KnobType, NumericalNote
 
 if TYPE_CHECKING:
@@ -93,6 +93,8 @@ def heuristic_configurations(graph: Descriptor, target: Target, source: str) -> 
         if exc.not_supported:
             return []
         raise
+    finally:
+        last_text(graph.library)  # left behind by heuristics that succeeded
     knobs = Spare(graph.library, DescriptorType.KNOB_CHOICE)
     try:
         return [_described(config, source, knobs) for config in found]

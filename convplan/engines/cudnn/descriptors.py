@@ -37,6 +37,8 @@ from convplan.engines.cudnn.library import Library
 MAX_TEXT = 4096  # bytes of cuDNN's explanation of an error
 MAX_VALUES = 2**24  # elements that are read at once; the largest serialized plans seen have 10**5 characters
 
+_LIMITS: dict[Any, int] = {c_int64: 2**63, c_int32: 2**31, c_int: 2**31}
+
 # Types that are not here are C enumerations, 4 bytes each.
 _C_TYPES: dict[AttributeType, Any] = {
     AttributeType.HANDLE: c_void_p,
@@ -141,9 +143,17 @@ def check(library: Library, status: int, function: str, what: str = "") -> None:
     """Raise `CudnnError` for every status but success, with cuDNN's explanation of this thread's last error."""
     if status == Status.SUCCESS:
         return
+    raise CudnnError(status, function, what, last_text(library))
+
+
+def last_text(library: Library) -> str:
+    """cuDNN's explanation of this thread's last error, which it then forgets.
+
+    Calls that succeed can leave one behind, and the next error without words of its own would be explained by it.
+    """
     text = ctypes.create_string_buffer(MAX_TEXT)
     library.cdll.cudnnGetLastErrorString(text, MAX_TEXT)
-    raise CudnnError(status, function, what, text.value.decode(errors="replace"))
+    return text.value.decode(errors="replace")
 
 
 class Handle:
@@ -266,6 +276,8 @@ class Descriptor:
                 values = [item.pointer if isinstance(item, (Descriptor, Handle)) else item for item in values]
                 if kind is not AttributeType.VOID_PTR and not all(values):
                     raise ValueError(f"{attribute.name} was given {value!r}, expected open descriptors or handles")
+            if c_type in _LIMITS:
+                _check_fits(attribute, values, _LIMITS[c_type])
             count, array = len(values), (c_type * len(values))(*values)
         status = self.library.cdll.cudnnBackendSetAttribute(self.pointer, attribute, kind, count, array)
         if status:
@@ -389,6 +401,13 @@ class Descriptor:
     def __repr__(self) -> str:
         state = "closed" if not self.pointer else "finalized" if self.finalized else "open"
         return f"<{_name(self.kind)} descriptor, {state}>"
+
+
+def _check_fits(attribute: Attribute, values: Sequence[Any], limit: int) -> None:
+    """ctypes would cut what is too large."""
+    for value in values:
+        if not -limit <= value < limit:
+            raise ValueError(f"{attribute.name} was given {value}, expected -{limit} to {limit - 1}")
 
 
 def _check_readable(attribute: Attribute, kind: AttributeType) -> None:

@@ -26,7 +26,7 @@ from convplan.engines.cudnn.configs import Configuration, heuristic_configuratio
 from convplan.engines.cudnn.descriptors import CudnnError, check
 from convplan.engines.cudnn.errata import Errata
 from convplan.engines.cudnn.graph import UIDS, dense, is_strided, needs_copy, operation_graph, refusal
-from convplan.engines.cudnn.plans import ExecutionPlan, build_plan
+from convplan.engines.cudnn.plans import ExecutionPlan, build_plan, restore_plan, vet_serialized
 from convplan.engines.cudnn.target import Target, handle_of, present
 
 _SOURCES: dict[str, tuple[str, ...]] = {
@@ -129,6 +129,19 @@ class CudnnEngine:
         """The same as cuDNN's own plan, to be serialized or looked at."""
         return _Plans(self, problem, config).build(self._target())
 
+    def restore_execution_plan(self, problem: Problem, config: EngineConfig, serialized: bytes) -> ExecutionPlan:
+        """A plan from its JSON, after making sure that it is one for this problem and this GPU (C1).
+
+        Raises:
+            PlanRejected: it is not, or cuDNN does not take it.
+        """
+        target, plans = self._target(), _Plans(self, problem, config)
+        try:
+            vet_serialized(serialized, plans.any_serialized(target), config.knob("engine", -1))
+            return restore_plan(target, serialized, plans.uids)
+        except (CudnnError, ValueError) as exc:
+            raise plans.rejected(f"its serialized form: {exc}") from exc
+
 
 def _variants(problem: Problem) -> list[tuple[Problem, dict[str, int]]]:
     """The problem as given, and with dense inputs where it has strided ones, with the knob that says so."""
@@ -171,7 +184,7 @@ class _Plans:
         self._engine = engine
         self._problem = dense(problem) if config.knob("dense") else problem
         self._config = config
-        self._uids = tuple(UIDS[letter] for letter in _LETTERS[problem.op])
+        self.uids = tuple(UIDS[letter] for letter in _LETTERS[problem.op])
         self.by_index: dict[int, ExecutionPlan] = {}
 
     def build(self, target: Target) -> ExecutionPlan:
@@ -180,22 +193,36 @@ class _Plans:
         knobs.pop("dense", None)
         number = knobs.pop("engine", None)
         if number is None:
-            raise self._rejected("the knob `engine`, cuDNN's index of an engine, is missing")
+            raise self.rejected("the knob `engine`, cuDNN's index of an engine, is missing")
         try:
             graph = operation_graph(target, self._problem)
-            plan = build_plan(graph, target, number, knobs, self._uids)
+            plan = build_plan(graph, target, number, knobs, self.uids)
         except (CudnnError, ValueError) as exc:
-            raise self._rejected(str(exc)) from exc
+            raise self.rejected(str(exc)) from exc
         if target.index is not None:
             self.by_index[target.index] = plan
         return plan
+
+    def any_serialized(self, target: Target) -> bytes:
+        """The JSON of some plan for the problem, whichever builds first without compiling anything."""
+        graph = operation_graph(target, self._problem)
+        for source in ("fallback", "mode_a"):
+            for found in heuristic_configurations(graph, target, source):
+                if COMPILED in found.notes.behavior:
+                    continue
+                try:
+                    return build_plan(graph, target, found.engine, dict(found.knobs), self.uids).serialize()
+                except CudnnError:
+                    continue
+        raise ValueError("no engine builds the problem without compiling, so there is nothing to compare it with")
 
     def at(self, index: int) -> ExecutionPlan:
         """The plan for a GPU, which must be the current device."""
         found = self.by_index.get(index)
         return self.build(present(index)) if found is None else found
 
-    def _rejected(self, reason: str) -> PlanRejected:
+    def rejected(self, reason: str) -> PlanRejected:
+        """The error for this configuration."""
         return PlanRejected(engine=CudnnEngine.name, config=str(self._config), reason=reason)
 
 
@@ -239,6 +266,8 @@ def _make_run(form: _Form, plans: _Plans) -> Run:
         first: torch.Tensor, second: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor | None
     ) -> torch.Tensor:
         index = first.get_device()
+        if index < 0 or not torch.cuda.is_available():
+            raise EngineUnavailable(engine=CudnnEngine.name, needs=f"tensors on a GPU to run, found {first.device}")
         with torch.cuda.device(index):
             first, second = form.arranged(first, second)
             result = form.place(out, first.device)
@@ -260,6 +289,8 @@ def _bound_run(form: _Form, plans: _Plans, run: Run) -> Run:
 
     One allocation for the output, one for workspace if any, a look-up, a launch. Whatever is rare goes to `run`.
     """
+    if not torch.cuda.is_available():
+        raise EngineUnavailable(engine=CudnnEngine.name, needs="a GPU to run plans on (they can be built without)")
     index = torch.cuda.current_device()
     plan = plans.at(index)
     handle = handle_of(plan.descriptor.library, index)
