@@ -130,7 +130,7 @@ def vet_serialized(serialized: bytes, like: bytes, engine: int) -> None:
         engine: cuDNN's index of the engine that it must be of.
 
     Raises:
-        ValueError: it is not JSON, is of another engine, or differs from `like` in graph, GPU or version; names the part.
+        ValueError: it is no JSON, is of another engine, or differs from `like` in graph, GPU or version: says which.
     """
     found, expected = _decoded(serialized), _decoded(like)
     for part in ("cudnnVersion", "schemaVersion", "operationGraph", "GPUProfile"):
