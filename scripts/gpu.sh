@@ -17,6 +17,7 @@ failed=0
 : >"$OUT/logs.txt"
 rm -f "$OUT/gpu_findings.json" "$OUT/gpu.json" "$OUT/gpu.md"
 scratch=$(mktemp -d)
+prefix=$("$PYTHON" -c 'import sys; print(sys.prefix)')
 trap 'rm -rf "$scratch"' EXIT
 
 step() { # name, seconds, command...
@@ -24,7 +25,9 @@ step() { # name, seconds, command...
     shift 2
     timeout --kill-after=10 "$seconds" "$@" >"$scratch/$name.log" 2>&1
     status=$?
-    { echo "=== $name: $*"; tail -c 400000 "$scratch/$name.log"; } >>"$OUT/logs.txt"
+    # Where this machine keeps things says nothing to a reader.
+    { echo "=== $name: $*"; tail -c 400000 "$scratch/$name.log"; } |
+        sed -e "s#$PWD#.#g" -e "s#$prefix#PYTHON#g" >>"$OUT/logs.txt"
     if [ $status -eq 0 ]; then passed=$((passed + 1)); else failed=$((failed + 1)); fi
     local word=ok
     [ $status -eq 124 ] || [ $status -eq 137 ] && word="stopped after $seconds s"
