@@ -13,6 +13,8 @@ from pathlib import Path
 
 import msgspec
 
+from convplan._errors import SpecError
+
 PROBE_FAILED = "probe failed"  # never equal to an answer of a working probe
 
 
@@ -81,6 +83,11 @@ def current(device: str, index: int | None = None) -> Environment:
     import torch
 
     if device == "cuda":
+        if not torch.cuda.is_available():
+            raise SpecError(
+                "device is 'cuda', and torch finds no GPU here (torch.cuda.is_available() is False); plans are made "
+                "where they run. `convplan configs --device` lists what there is for a GPU that is elsewhere"
+            )
         place = torch.cuda.current_device() if index is None else index
         return _cuda_environment(place, torch.get_float32_matmul_precision())
     return Environment(device, (("torch", str(torch.__version__)),))

@@ -905,3 +905,11 @@ def test_the_peak_rate_is_one_that_no_engine_reaches() -> None:
 
 def _now() -> float:
     return time.perf_counter() * 1e6
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize("effort", ["measure", "instant"])
+def test_a_problem_for_a_gpu_that_is_not_there_is_refused_in_words(effort: str) -> None:
+    problem = Problem.dense("fprop", (1, 8, 8, 8), (8, 8, 3, 3), dtype="float16", device="cuda")
+    with pytest.raises(SpecError, match="torch finds no GPU here"):
+        convplan.plan(problem, Policy(effort=effort))
