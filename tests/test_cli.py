@@ -149,7 +149,8 @@ def wrong_engine() -> Iterator[str]:
 def test_help_lists_every_command(run: Run) -> None:
     ran = run("--help")
     assert ran.code == 0
-    commands = ["doctor", "demo", "tune", "bench", "list", "explain", "verify", "export", "import", "check", "clear"]
+    commands = ["doctor", "demo", "tune", "replay-check", "bench", "configs", "list", "explain", "verify", "export"]
+    commands += ["import", "check", "clear"]
     assert [name for name in commands if f" {name} " not in ran.out] == []
     assert run("--version").out == f"convplan {convplan.__version__}\n"
 
@@ -219,6 +220,24 @@ def test_tune_json_has_stable_keys(run: Run, problems: Path) -> None:
     first = found["problems"][0]
     assert set(first) == {"name", "problem", "error", "key", "chosen", "effort", "median_us", "planning_s"}
     assert (first["name"], first["effort"], len(first["key"])) == ("layer", "measure", 32)
+
+
+@pytest.mark.behaviour("C6")
+def test_replay_check_answers_no_until_everything_is_stored(run: Run, problems: Path) -> None:
+    before = run("replay-check", "--problems", problems, "--json")
+    assert before.code == 1
+    assert (before.json["missing"], before.json["found"]) == (before.json["total"], 0)
+    assert {one["miss"] for one in before.json["problems"]} == {"not in the store"}
+    assert run("list", "--json").json["plans"] == []  # it planned nothing
+    assert run("tune", "--problems", problems).code == 0
+    convplan._runtime.forget()
+    after = run("replay-check", "--problems", problems, "--json")
+    assert (after.code, after.json["missing"]) == (0, 0)
+    assert all(one["key"] and one["chosen"] and one["effort"] == "measure" for one in after.json["problems"])
+    other = run("replay-check", "--problems", problems, "--deterministic")  # another policy, other plans
+    assert other.code == 1
+    assert "not in the store" in other.out
+    assert "0 have a plan" in other.out
 
 
 def test_tune_runs_a_callable_and_counts_its_gradients(run: Run, model: Path) -> None:

@@ -128,6 +128,26 @@ def tune(
     return planning.tune(load_callable(target), policy, force=force)
 
 
+@app.command("replay-check")
+@command
+def replay_check(
+    problems: Annotated[Path, ProblemFileOption],
+    deterministic: Deterministic = None,
+    engines: Engines = None,
+    workspace_limit: WorkspaceLimit = None,
+    as_json: AsJson = False,
+) -> Result:
+    """Say whether replay mode would find a stored plan for every problem of a file; exit 1 if one is missing."""
+    from convplan._problem_files import read_problems
+    from convplan.cli import planning
+    from convplan.cli.arguments import make_policy
+
+    policy = make_policy(
+        deterministic=deterministic, engines=engines, budget_s=None, workspace_limit_bytes=workspace_limit
+    )
+    return planning.replay_check(read_problems(problems), policy)
+
+
 @app.command()
 @command
 def bench(

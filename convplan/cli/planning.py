@@ -1,4 +1,7 @@
-"""The commands that plan and measure: `tune`, `bench` and `demo`. They lay out what other modules find and time."""
+"""The commands about planning and measuring: `tune`, `replay-check`, `bench` and `demo`.
+
+They lay out what other modules find and time.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from convplan._errors import ConvPlanError, PlanFileError
+from convplan._errors import ConvPlanError, PlanFileError, ReplayMiss
 from convplan._policy import Policy
 from convplan.cli.output import CommandError, Progress, Result
 from convplan.report import human_s, human_us, table
@@ -28,6 +31,13 @@ TUNE_COLUMNS: dict[str, Side] = {
     "planning": "right",
     "key": "left",
     "note": "left",
+}
+REPLAY_COLUMNS: dict[str, Side] = {
+    "problem": "left",
+    "chosen": "left",
+    "effort": "left",
+    "key": "left",
+    "miss": "left",
 }
 BENCH_COLUMNS: dict[str, Side] = {
     "problem": "left",
@@ -130,6 +140,50 @@ def _tuned(name: str, record: PlanRecord) -> Tuned:
         effort=record.effort,
         median_us=record.median_us,
         planning_s=record.planning_s,
+    )
+
+
+class Replayed(msgspec.Struct, frozen=True, kw_only=True):
+    """One problem that replay was asked about; `miss` says why there is no plan to replay, empty when there is one."""
+
+    name: str
+    problem: str
+    miss: str = ""
+    key: str = ""
+    chosen: str = ""
+    effort: str = ""
+
+
+def replay_check(problems: Sequence[NamedProblem], policy: Policy) -> Result:
+    """Whether a program in replay mode would find a plan for each problem, here and now. Plans and tunes nothing."""
+    replay = policy.replace(mode="replay", replay_miss="error")
+    answers = []
+    with Progress("looking up") as progress:
+        for index, named in enumerate(problems, start=1):
+            answers.append(_replayed(named, replay))
+            progress.step(index, len(problems), named.name)
+    missing = [one for one in answers if one.miss]
+    rows = [(one.name, one.chosen or "-", one.effort or "-", one.key[:KEY_SHOWN] or "-", one.miss) for one in answers]
+    summary = f"{len(answers)} problems: {len(answers) - len(missing)} have a plan, {len(missing)} do not"
+    data = {"problems": answers, "total": len(answers), "found": len(answers) - len(missing), "missing": len(missing)}
+    return Result(f"{table(REPLAY_COLUMNS, rows)}\n\n{summary}", data, ok=not missing)
+
+
+def _replayed(named: NamedProblem, policy: Policy) -> Replayed:
+    import convplan
+
+    try:
+        record = convplan.plan(named.problem, named.policy(policy))
+    except ReplayMiss:
+        return Replayed(name=named.name, problem=str(named.problem), miss="not in the store")
+    except ConvPlanError as exc:  # the others of the file can still be looked up
+        return Replayed(name=named.name, problem=str(named.problem), miss=str(exc).partition("\n")[0])
+    return Replayed(
+        name=named.name,
+        problem=str(named.problem),
+        key=record.key,
+        chosen=str(record.config),
+        effort=record.effort,
     )
 
 
