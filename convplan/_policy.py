@@ -34,6 +34,9 @@ class Policy(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
         engines: names of the engines that may be used, in order of preference. None: all that are registered for use.
         allow_notes: names of numerical notes to let through that are dropped otherwise, e.g. DOWN_CONVERT_INPUTS.
         tune_after: a problem is tuned when it is seen for this many times; until then it runs an instant plan.
+        tuning_limit_s: seconds of tuning that a process may spend on problems it meets, all together; those met after
+            that run untuned plans. What `tune()` and `plan()` do on request is not counted. None: no limit; 0: nothing
+            is tuned without being asked.
         budget_s: seconds that racing the candidates of one problem may take, after one run of each.
         benchmark_limit: most candidates timed for one problem. 0: no limit.
     """
@@ -48,6 +51,7 @@ class Policy(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     engines: tuple[str, ...] | None = None
     allow_notes: tuple[str, ...] = ()
     tune_after: int = 2
+    tuning_limit_s: float | None = None
     budget_s: float = 1.0
     benchmark_limit: int = 0
 
@@ -65,6 +69,8 @@ class Policy(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
             self._check_count("workspace_limit_bytes", 0)
         if isinstance(self.budget_s, bool) or not isinstance(self.budget_s, (int, float)) or not self._budget_is_sane():
             raise PolicyError(f"budget_s is {self.budget_s!r}, expected a finite number of seconds > 0")
+        if self.tuning_limit_s is not None and not _is_seconds(self.tuning_limit_s):
+            raise PolicyError(f"tuning_limit_s is {self.tuning_limit_s!r}, expected None or a number of seconds >= 0")
         for name in ("engines", "allow_notes"):
             self._normalize_names(name)
         if self.engines == ():
@@ -129,7 +135,8 @@ class Policy(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
         """The parts that change which plan is chosen.
 
         Left out: `effort` (kept beside the record and compared by the reader), and what says when and how long to
-        search (`mode`, `replay_miss`, `capture_miss`, `tune_after`, `budget_s`) and not what is allowed.
+        search (`mode`, `replay_miss`, `capture_miss`, `tune_after`, `tuning_limit_s`,
+        `budget_s`) and not what is allowed.
         """
         return (
             ("deterministic", self.deterministic),
@@ -148,6 +155,10 @@ class Policy(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
             if getattr(self, name) != getattr(default, name)
         ]
         return f"Policy({', '.join(changed)})"
+
+
+def _is_seconds(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value) and value >= 0
 
 
 class TorchFlags(msgspec.Struct, frozen=True):

@@ -15,6 +15,7 @@ from __future__ import annotations
 import logging
 import os
 import threading
+import time
 import traceback
 import warnings
 import weakref
@@ -108,6 +109,7 @@ class _Counts:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._rare = dict.fromkeys(COUNTERS, 0)
+        self.tuning_s = 0.0  # spent on problems that programs met; what was asked for by name is not in it
         self._hit_cells: list[list[int]] = []
 
     def renew_lock(self) -> None:
@@ -339,12 +341,16 @@ def decide(problem: Problem, policy: Policy) -> tuple[_Choice, PlanRecord]:
 
 def is_settled(record: PlanRecord, policy: Policy) -> bool:
     """Whether seeing the problem more often changes nothing."""
-    return record.effort != "instant" or policy.tunes_at_sight is None
+    return record.effort != "instant" or policy.tunes_at_sight is None or _limit_is_spent(policy)
+
+
+def _limit_is_spent(policy: Policy) -> bool:
+    return policy.tuning_limit_s is not None and counts.tuning_s >= policy.tuning_limit_s
 
 
 def _is_due(choice: _Choice, policy: Policy) -> bool:
     at = policy.tunes_at_sight
-    return at is not None and choice.sightings >= at and not choice.gave_up
+    return at is not None and choice.sightings >= at and not choice.gave_up and not _limit_is_spent(policy)
 
 
 def _refuses_untuned(policy: Policy) -> bool:
@@ -383,6 +389,7 @@ def _stored(problem: Problem, policy: Policy, environment: _environment.Environm
 
 def _tune(choice: _Choice, problem: Problem, policy: Policy, environment: _environment.Environment) -> PlanRecord:
     """Measure; where that breaks off, as for want of memory, the problem runs untuned and is not tried again."""
+    begin = time.perf_counter()
     try:
         return _plan(choice, problem, policy, environment, "measure")
     except ConvPlanError:
@@ -392,6 +399,12 @@ def _tune(choice: _Choice, problem: Problem, policy: Policy, environment: _envir
         choice.gave_up = True
         warn_once(f"tuning broke off ({type(exc).__name__}: {first_line(exc)}); it runs untuned: {problem}")
         return choice.record or _plan(choice, problem, policy, environment, "instant", keep=False)
+    finally:
+        counts.tuning_s += time.perf_counter() - begin
+        if _limit_is_spent(policy):
+            log.info(
+                "tuning has taken %.1f s, the policy's limit: problems met from now on run untuned", counts.tuning_s
+            )
 
 
 def _plan(

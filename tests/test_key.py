@@ -180,7 +180,7 @@ def test_no_field_is_forgotten() -> None:
     for letter in "xwy":
         assert {f"{letter}.{name}" for name in TensorSpec.__struct_fields__} <= labels
     assert {f"epilogue.{name}" for name in Epilogue.__struct_fields__} <= labels
-    left_out = {"effort", "mode", "replay_miss", "capture_miss", "tune_after", "budget_s"}
+    left_out = {"effort", "mode", "replay_miss", "capture_miss", "tuning_limit_s", "tune_after", "budget_s"}
     assert {label for label, _ in POLICY.key_items()} == set(Policy.__struct_fields__) - left_out
 
 
@@ -207,6 +207,7 @@ SAME_POLICIES = [
     pytest.param({"mode": "replay"}, id="mode"),
     pytest.param({"replay_miss": "instant"}, id="replay-miss"),
     pytest.param({"capture_miss": "error"}, id="capture-miss"),
+    pytest.param({"tuning_limit_s": 5.0}, id="tuning-limit"),
     pytest.param({"effort": "instant"}, id="effort"),
     pytest.param({"engines": None, "allow_notes": []}, id="empty-notes"),
 ]

@@ -205,6 +205,35 @@ def test_effort_instant_never_measures(mine: FakeEngine) -> None:
     assert convplan.stats() == {**NONE, "hits": 5, "misses": 1, "planned": 1}
 
 
+def test_a_process_tunes_for_so_long_and_no_longer(mine: FakeEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_runtime.counts, "tuning_s", 0.0)
+    convplan.enable(rules(tune_after=2, tuning_limit_s=1e-6))
+    first, second = tensors(6), tensors(7)
+    for _ in range(3):
+        F.conv2d(*first)
+    assert ran(mine, lambda: F.conv2d(*first)) == [TUNED]
+    assert _runtime.counts.tuning_s > 1e-6
+    assert ran(mine, lambda: [F.conv2d(*second) for _ in range(4)]) == [UNTUNED] * 4
+    assert counted(lambda: F.conv2d(*second)) == {"hits": 1}
+    x, w = tensors(8)
+    convplan.tune([convplan.problem("fprop", x, w)], policy=_runtime.state.policy)  # asked for by name
+    assert ran(mine, lambda: F.conv2d(x, w)) == [TUNED]
+    convplan.enable(rules(tune_after=2))  # no limit any more
+    for _ in range(3):
+        F.conv2d(*second)
+    assert ran(mine, lambda: F.conv2d(*second)) == [TUNED]
+
+
+@pytest.mark.parametrize("entry", ["enabled", "function"])
+def test_a_limit_of_nothing_tunes_nothing(mine: FakeEngine, entry: str) -> None:
+    x, w = tensors()
+    policy = rules(tune_after=1, tuning_limit_s=0)
+    with convplan.enabled(policy):
+        conv = F.conv2d if entry == "enabled" else convplan.conv2d
+        assert ran(mine, lambda: [conv(x, w) for _ in range(3)]) == [UNTUNED] * 3
+    assert convplan.stats()["tuned"] == 0
+
+
 def test_another_number_of_threads_is_another_question(mine: FakeEngine) -> None:
     x, w = tensors()
     convplan.enable(rules(tune_after=1))
