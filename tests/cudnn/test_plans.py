@@ -10,6 +10,7 @@ import collections
 import copy
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -30,6 +31,7 @@ from convplan.engines.cudnn.descriptors import CudnnError, Descriptor, live_desc
 from convplan.engines.cudnn.engine import COMPILED, CudnnEngine
 from convplan.engines.cudnn.enums import Attribute, Status
 from convplan.engines.cudnn.graph import UIDS, operation_graph
+from convplan.engines.cudnn.library import Library
 from convplan.engines.cudnn.plans import MOST_JSON_BYTES, MOST_PACKS, ExecutionPlan, build_plan, restore_plan
 from convplan.engines.cudnn.target import Target
 
@@ -155,6 +157,52 @@ def test_a_reason_is_of_the_call_that_failed(cudnn: CudnnEngine) -> None:
         reasons.append(caught.value.reason)
         cudnn.configs(small(), "measure")
     assert reasons[0] == reasons[1]
+
+
+RUNTIME = "static int last = 77; int cudaGetLastError(void) { int was = last; last = 0; return was; }"
+FAILED = """
+import ctypes, pathlib, sys, warnings
+warnings.simplefilter("ignore")
+from convplan._errors import PlanRejected
+from convplan._policy import Policy
+from convplan._problem import Problem
+from convplan.engines.base import EngineConfig
+from convplan.engines.cudnn.descriptors import CudnnError
+from convplan.engines.cudnn.device import Device
+from convplan.engines.cudnn.engine import CudnnEngine
+from convplan.engines.cudnn.library import clear_cuda_error
+from convplan.engines.cudnn.target import Target
+target = Target.absent(Device.from_properties(sys.argv[1]))
+assert clear_cuda_error(target.library) == 0  # no runtime is loaded
+runtime = ctypes.CDLL(sys.argv[2], mode=ctypes.RTLD_GLOBAL)
+problem = Problem.dense("fprop", (2, 16, 8, 8), (16, 16, 3, 3), dtype="float16", layout="channels_last", device="cuda")
+engine = CudnnEngine(target)
+if sys.argv[3] == "build":
+    try:
+        engine.build(problem, EngineConfig.of("cudnn", engine=9999), Policy())
+    except PlanRejected:
+        print("rejected", runtime.cudaGetLastError())
+else:
+    plan = engine.build_execution_plan(problem, engine.configs(problem, "instant")[0].config)
+    try:
+        plan.failed(5000)
+    except CudnnError as exc:
+        print(exc.status_name, runtime.cudaGetLastError())
+"""
+
+
+@pytest.mark.behaviour("B18")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA runtime of its own")
+@pytest.mark.parametrize(("how", "said"), [("build", "rejected 0"), ("execute", "EXECUTION_FAILED 0")])
+def test_cudas_error_state_is_cleared_after_a_failure(how: str, said: str, tmp_path: Path, library: Library) -> None:
+    soname = f"libcudart.so.{library.cuda_major}"
+    compiler = next(name for name in ("cc", "gcc", "clang") if shutil.which(name))
+    command = [compiler, "-x", "c", "-shared", "-fPIC", f"-Wl,-soname,{soname}", "-o", str(tmp_path / soname), "-"]
+    subprocess.run(command, input=RUNTIME, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", FAILED, str(PROPERTIES), str(tmp_path / soname), how], capture_output=True, text=True
+    )
+    assert (done.returncode, done.stdout.strip()) == (0, said), done.stderr
 
 
 def test_a_configuration_of_another_problem_is_rejected(cudnn: CudnnEngine) -> None:
@@ -387,6 +435,7 @@ import pathlib, sys
 from convplan.engines.cudnn import library
 library._load_nvrtc = lambda major, folder: library.Part("libnvrtc.so", "", "hidden")
 from convplan.engines.cudnn.device import Device
+from convplan.engines.cudnn.library import Library
 from convplan.engines.cudnn.plans import restore_plan
 from convplan.engines.cudnn.target import Target
 import warnings
@@ -419,6 +468,7 @@ warnings.simplefilter("ignore")  # a fork is what is wanted here
 resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 from convplan.engines.cudnn.descriptors import CudnnError
 from convplan.engines.cudnn.device import Device
+from convplan.engines.cudnn.library import Library
 from convplan.engines.cudnn.plans import restore_plan
 from convplan.engines.cudnn.target import Target
 target = Target.absent(Device.from_properties(sys.argv[1]))

@@ -23,9 +23,10 @@ from convplan._problem import Problem, TensorSpec
 from convplan.engines._support import TORCH_DTYPES, empty
 from convplan.engines.base import Built, Candidate, EngineConfig, Run, Support, no
 from convplan.engines.cudnn.configs import Configuration, heuristic_configurations
-from convplan.engines.cudnn.descriptors import CudnnError, check
+from convplan.engines.cudnn.descriptors import CudnnError
 from convplan.engines.cudnn.errata import Errata
 from convplan.engines.cudnn.graph import UIDS, dense, is_strided, needs_copy, operation_graph, refusal
+from convplan.engines.cudnn.library import clear_cuda_error
 from convplan.engines.cudnn.plans import ExecutionPlan, build_plan, restore_plan, vet_serialized
 from convplan.engines.cudnn.target import Target, handle_of, present
 
@@ -67,6 +68,11 @@ class CudnnEngine:
 
     def __init__(self, target: Target | None = None) -> None:
         self._fixed = target
+
+    @property
+    def plans_for_absent(self) -> bool:
+        """Its plans are for a GPU that is not in this machine: they can be built and kept, and not run."""
+        return self._fixed is not None and self._fixed.index is None
 
     def _target(self) -> Target:
         if self._fixed is not None:
@@ -121,8 +127,11 @@ class CudnnEngine:
         plan = plans.build(self._target())
         form = _Form.of(problem, config)
         run = _make_run(form, plans)
+        copies = sum(spec.nbytes for spec in form.copies if spec is not None)
         return Built(
-            run=run, workspace_bytes=plan.workspace_bytes, bind=functools.partial(_bound_run, form, plans, run)
+            run=run,
+            workspace_bytes=plan.workspace_bytes + copies,
+            bind=functools.partial(_bound_run, form, plans, run),
         )
 
     def build_execution_plan(self, problem: Problem, config: EngineConfig) -> ExecutionPlan:
@@ -198,6 +207,7 @@ class _Plans:
             graph = operation_graph(target, self._problem)
             plan = build_plan(graph, target, number, knobs, self.uids)
         except (CudnnError, ValueError) as exc:
+            clear_cuda_error(target.library)
             raise self.rejected(str(exc)) from exc
         if target.index is not None:
             self.by_index[target.index] = plan
@@ -219,7 +229,14 @@ class _Plans:
     def at(self, index: int) -> ExecutionPlan:
         """The plan for a GPU, which must be the current device."""
         found = self.by_index.get(index)
-        return self.build(present(index)) if found is None else found
+        if found is not None:
+            return found
+        if self._engine.plans_for_absent:
+            raise EngineUnavailable(
+                engine=CudnnEngine.name,
+                needs="the GPU that this plan was built for; plan anew for the one that is here",
+            )
+        return self.build(present(index))
 
     def rejected(self, reason: str) -> PlanRejected:
         """The error for this configuration."""
@@ -298,8 +315,7 @@ def _bound_run(form: _Form, plans: _Plans, run: Run) -> Run:
         return run
     dims, strides, dtype, bias_shape = form.dims, form.strides, form.dtype, form.bias_shape
     allocate, raw_stream, current_device = _allocate, _raw_stream, _current_device
-    packs, library = plan.packs, plan.descriptor.library
-    execute = library.cdll.cudnnBackendExecute
+    packs, execute = plan.packs, plan.descriptor.library.cdll.cudnnBackendExecute
     # Made once: ctypes would make them from numbers at every call.
     handle_pointer, plan_pointer = c_void_p(handle.pointer), c_void_p(plan.descriptor.pointer)
     workspace, several = (plan.workspace_bytes,), torch.cuda.device_count() > 1
@@ -324,7 +340,7 @@ def _bound_run(form: _Form, plans: _Plans, run: Run) -> Run:
             pack = plan.pack(addresses)
         status = execute(handle_pointer, plan_pointer, pack)
         if status:
-            check(library, status, "cudnnBackendExecute")
+            plan.failed(status)
         return result if bias is None else result.add_(bias.reshape(bias_shape))
 
     return bound

@@ -242,6 +242,15 @@ class _SymbolInfo(ctypes.Structure):
     _fields_ = (("file", c_char_p), ("base", c_void_p), ("symbol", c_char_p), ("address", c_void_p))
 
 
+def clear_cuda_error(library: Library) -> int:
+    """Have the CUDA runtime forget this thread's last error, and say which it was (0: none, or no runtime is loaded).
+
+    The next call that asks would take it for its own, be it torch's (B18).
+    """
+    runtime = _resident(f"libcudart.so.{library.cuda_major}")
+    return 0 if runtime is None else int(runtime.cudaGetLastError())
+
+
 def _path_of(cdll: ctypes.CDLL, function: str) -> str:
     """The file that a loaded function comes from."""
     info = _SymbolInfo()

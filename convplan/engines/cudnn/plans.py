@@ -11,12 +11,13 @@ import ctypes
 import json
 import threading
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from convplan._measure import first_line
 from convplan.engines.cudnn.configs import engine_configuration
 from convplan.engines.cudnn.descriptors import CudnnError, Descriptor, check
 from convplan.engines.cudnn.enums import Attribute, DescriptorType
+from convplan.engines.cudnn.library import clear_cuda_error
 
 if TYPE_CHECKING:
     from convplan.engines.cudnn.descriptors import Handle
@@ -74,7 +75,19 @@ class ExecutionPlan:
             pack = self.pack(addresses)
         status = self._execute(handle.pointer, self.descriptor.pointer, pack)
         if status:
+            self.failed(status)
+
+    def failed(self, status: int) -> NoReturn:
+        """Raise what a failed `execute` means, with CUDA's error state cleared for the next plan (B18).
+
+        Raises:
+            CudnnError: always.
+        """
+        try:
             check(self.descriptor.library, status, "cudnnBackendExecute")
+        finally:
+            clear_cuda_error(self.descriptor.library)
+        raise AssertionError("convplan bug: success is no failure")
 
     def pack(self, addresses: tuple[int, ...]) -> Pack:
         """A new variant pack for these addresses, kept in `packs`."""
