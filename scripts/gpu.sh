@@ -27,7 +27,7 @@ step() { # name, seconds, command...
     status=$?
     # Where this machine keeps things says nothing to a reader.
     { echo "=== $name: $*"; tail -c 400000 "$scratch/$name.log"; } |
-        sed -e "s#$PWD#.#g" -e "s#$prefix#PYTHON#g" >>"$OUT/logs.txt"
+        sed -e "s#$PWD#.#g" -e "s#$prefix#PYTHON#g" -e "s#$HOME#~#g" >>"$OUT/logs.txt"
     if [ $status -eq 0 ]; then passed=$((passed + 1)); else failed=$((failed + 1)); fi
     local word=ok
     [ $status -eq 124 ] || [ $status -eq 137 ] && word="stopped after $seconds s"

@@ -297,6 +297,49 @@ def test_a_bias_of_any_stride(name: str, policy: Policy) -> None:
 # --- gradients
 
 
+# Calls with one weight that differ from the first in one part, which its last call is compared by.
+SAME_WEIGHT: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
+    "plain": lambda x, w, b: F.conv2d(x, w),
+    "stride": lambda x, w, b: F.conv2d(x, w, stride=2),
+    "padding": lambda x, w, b: F.conv2d(x, w, padding=1),
+    "dilation": lambda x, w, b: F.conv2d(x, w, dilation=2),
+    "groups": lambda x, w, b: F.conv2d(torch.cat([x, x], 1), w, groups=2),
+    "transposed": lambda x, w, b: F.conv_transpose2d(x, w),
+    "output-padding": lambda x, w, b: F.conv_transpose2d(x, w, stride=2, output_padding=1),
+    "transposed-stride": lambda x, w, b: F.conv_transpose2d(x, w, stride=2),
+    "transposed-groups": lambda x, w, b: F.conv_transpose2d(x, w, groups=2),
+    "bias": lambda x, w, b: F.conv2d(x, w, b),
+    "input-sizes": lambda x, w, b: F.conv2d(x[:, :, 1:], w),
+    "input-strides": lambda x, w, b: F.conv2d(x.transpose(2, 3), w),
+    "input-dtype": lambda x, w, b: F.conv2d(x.double(), w.double()),
+    "weight-sizes": lambda x, w, b: F.conv2d(x, w[:2]),
+    "weight-strides": lambda x, w, b: F.conv2d(x, w.transpose(2, 3)),
+    "alignment": lambda x, w, b: F.conv2d(x.flatten()[1:].as_strided((1, 4, 9, 9), (324, 81, 9, 1)), w),
+}
+
+
+# The call before, where the plain one would differ in more than that part.
+BEFORE = {"output-padding": "transposed-stride", "transposed-groups": "transposed"}
+
+
+@pytest.mark.parametrize("grad", [False, True], ids=["forward", "backward"])
+@pytest.mark.parametrize("name", SAME_WEIGHT)
+def test_a_call_that_differs_from_the_last_of_its_weight_runs_as_itself(name: str, grad: bool) -> None:
+    x, w, bias = torch.randn(2, 4, 9, 9), torch.randn(4, 4, 3, 3), torch.randn(4)
+
+    def run(which: str) -> tuple[Tensor, ...]:
+        given = x.clone().requires_grad_(grad), w.requires_grad_(grad), bias
+        y = SAME_WEIGHT[which](*given)
+        return (y, *torch.autograd.grad(y, given[:2], torch.ones_like(y))) if grad else (y,)
+
+    before = BEFORE.get(name, "plain")
+    expected = {which: run(which) for which in (before, name)}
+    with convplan.enabled(Policy(effort="instant", engines=("aten",))):
+        for which in [before] * 3 + [name] * 3 + [before] * 2:
+            for mine, right in zip(run(which), expected[which], strict=True):
+                torch.testing.assert_close(mine, right, rtol=0, atol=0)
+
+
 def _kernels(run: Callable[[], object]) -> list[str]:
     """Names of the operators that a piece of code ends in, below the two entries that convplan replaces."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:

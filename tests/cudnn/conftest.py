@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import platform
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,11 +22,16 @@ H200 = Path(__file__).with_name("h200-cudnn-9.19.0.deviceprop.json")
 
 @pytest.fixture
 def library() -> Library:
-    """cuDNN, able to build plans here whether or not there is a driver. Only where it is not installed: a skip."""
+    """cuDNN, able to build plans here whether or not there is a driver.
+
+    The extra `test` installs it where NVIDIA has wheels for it; there its absence is a failure, elsewhere a skip.
+    """
     if not any(
         Path(sighting.path).is_absolute() or "without" in sighting.trouble for sighting in finding.find_report()
     ):
-        pytest.skip("cuDNN is not installed")
+        if (sys.platform, platform.machine()) == ("linux", "x86_64"):
+            pytest.fail("cuDNN is not installed; pip install -e '.[test]' does that")
+        pytest.skip("cuDNN has no wheel for this platform")
     return load_for_absent_gpu()
 
 
