@@ -13,7 +13,7 @@ from convplan._environment import Environment
 from convplan._policy import Policy
 from convplan._problem import Problem
 
-KEY_SCHEMA = 1
+KEY_SCHEMA = 2
 KEY_LENGTH = 32  # hexadecimal digits, 128 bits
 
 

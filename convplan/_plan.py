@@ -63,6 +63,8 @@ class PlanRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
         planning_s: seconds that planning took.
         created: UTC time in ISO 8601.
         version: convplan's version.
+        curve: how an exhaustive search went: (seconds since it began, best microseconds so far), one pair for each
+            improvement and one for its end.
     """
 
     problem: Problem
@@ -74,6 +76,7 @@ class PlanRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
     planning_s: float = 0.0
     created: str = ""
     version: str = ""
+    curve: tuple[tuple[float, float], ...] = ()
 
     def __post_init__(self) -> None:
         if not self.ranking or len(self.ranking) + len(self.rejected) > MAX_CANDIDATES:

@@ -103,10 +103,10 @@ def plan_problem(
     begin = clock()
     work: Effort = effort or policy.effort
     live, rejected = enumerate_candidates(problem, policy, work)
-    for stage in (filter_candidates, build_candidates) if work == "measure" else (filter_candidates,):
+    for stage in (filter_candidates, build_candidates) if work != "instant" else (filter_candidates,):
         live, dropped = stage(live, problem, policy)
         rejected += dropped
-    if work == "measure":
+    if work != "instant":
         ranking, dropped = _prove_and_time(live, problem, policy, clock)
     else:
         ranking, dropped = _first_that_builds(live, problem, policy)

@@ -10,10 +10,10 @@ import msgspec
 
 from convplan._errors import PolicyError
 
-Effort = Literal["instant", "measure"]
+Effort = Literal["instant", "measure", "exhaustive"]
 Mode = Literal["auto", "replay"]
 
-EFFORTS: tuple[Effort, ...] = ("instant", "measure")
+EFFORTS: tuple[Effort, ...] = ("instant", "measure", "exhaustive")  # in the order of the work they take
 
 
 class Policy(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, cache_hash=True):
@@ -26,7 +26,8 @@ class Policy(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
         allow_tf32: let float32 problems use TensorFloat-32. None: follow torch's own flags.
         workspace_limit_bytes: scratch memory one plan may need. None: what the allocator can provide at planning time;
             0: only plans that need none.
-        effort: `measure` times candidates; `instant` takes the first that the engines' own order proposes.
+        effort: `measure` times what the engines propose; `exhaustive` also walks their knobs, in a process of its own
+            that may crash; `instant` takes the first that the engines' own order proposes, untimed.
         mode: `auto`, or `replay`: never tune; a problem that the store lacks is handled as `replay_miss` says.
         replay_miss: `error` raises `ReplayMiss`; `instant` runs an untuned plan.
         capture_miss: what happens to a problem that is met first while a CUDA graph is captured, when no plan can be
@@ -39,6 +40,13 @@ class Policy(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
             is tuned without being asked.
         budget_s: seconds that racing the candidates of one problem may take, after one run of each.
         benchmark_limit: most candidates timed for one problem. 0: no limit.
+        l2: what the second-level cache of a GPU holds when a candidate is timed: `warm`, whatever the run before left
+            there; `cold`, nothing of its tensors.
+        nearest: a problem that is met first runs by the choice of its nearest tuned relative, which differs from it in
+            batch and spatial sizes only. False: by the engines' own order.
+        search_s: seconds that the exhaustive search of one problem may take.
+        build_limit_s, run_limit_s: seconds after which a candidate of the exhaustive search is given up, while it is
+            built and while it runs.
     """
 
     deterministic: bool | None = None
@@ -54,6 +62,11 @@ class Policy(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     tuning_limit_s: float | None = None
     budget_s: float = 1.0
     benchmark_limit: int = 0
+    l2: Literal["warm", "cold"] = "warm"
+    nearest: bool = True
+    search_s: float = 60.0
+    build_limit_s: float = 20.0
+    run_limit_s: float = 5.0
 
     def __post_init__(self) -> None:
         for name in ("deterministic", "allow_tf32"):
@@ -63,21 +76,22 @@ class Policy(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
         self._check_choice("mode", ("auto", "replay"))
         self._check_choice("replay_miss", ("error", "instant"))
         self._check_choice("capture_miss", ("stock", "error"))
+        self._check_choice("l2", ("warm", "cold"))
+        if not isinstance(self.nearest, bool):
+            raise PolicyError(f"nearest is {self.nearest!r}, expected True or False")
         self._check_count("tune_after", 1)
         self._check_count("benchmark_limit", 0)
         if self.workspace_limit_bytes is not None:
             self._check_count("workspace_limit_bytes", 0)
-        if isinstance(self.budget_s, bool) or not isinstance(self.budget_s, (int, float)) or not self._budget_is_sane():
-            raise PolicyError(f"budget_s is {self.budget_s!r}, expected a finite number of seconds > 0")
+        for name in ("budget_s", "search_s", "build_limit_s", "run_limit_s"):
+            if not _is_seconds(getattr(self, name)) or not getattr(self, name):
+                raise PolicyError(f"{name} is {getattr(self, name)!r}, expected a finite number of seconds > 0")
         if self.tuning_limit_s is not None and not _is_seconds(self.tuning_limit_s):
             raise PolicyError(f"tuning_limit_s is {self.tuning_limit_s!r}, expected None or a number of seconds >= 0")
         for name in ("engines", "allow_notes"):
             self._normalize_names(name)
         if self.engines == ():
             raise PolicyError("engines is empty, expected None (all) or at least one engine's name")
-
-    def _budget_is_sane(self) -> bool:
-        return math.isfinite(self.budget_s) and self.budget_s > 0
 
     def _check_choice(self, name: str, choices: tuple[str, ...]) -> None:
         value = getattr(self, name)
@@ -136,7 +150,7 @@ class Policy(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
 
         Left out: `effort` (kept beside the record and compared by the reader), and what says when and how long to
         search (`mode`, `replay_miss`, `capture_miss`, `tune_after`, `tuning_limit_s`,
-        `budget_s`) and not what is allowed.
+        `budget_s`, `nearest`, `search_s` and the limits beside it) and not what is allowed.
         """
         return (
             ("deterministic", self.deterministic),
@@ -145,6 +159,7 @@ class Policy(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
             ("engines", self.engines),
             ("allow_notes", tuple(sorted(self.allow_notes))),
             ("benchmark_limit", self.benchmark_limit),
+            ("l2", self.l2),
         )
 
     def __str__(self) -> str:

@@ -140,12 +140,25 @@ class Built(msgspec.Struct, frozen=True):
             call for several plans.
         bind: makes a `run` for the calling thread and the current device only, which need not look up either; None
             where `run` is that already.
+        serialize: the plan as bytes that the engine's `restore` takes in another process; None where there is nothing
+            to be gained by that. Raises `PlanRejected` when this plan cannot be.
     """
 
     run: Run
     workspace_bytes: int
     as_torch: str = ""
     bind: Callable[[], Run] | None = None
+    serialize: Callable[[], bytes] | None = None
+
+
+class Space(msgspec.Struct, frozen=True):
+    """A part of what an engine can be set to: some knobs fixed, each free one with the values that it takes.
+
+    Not every combination builds.
+    """
+
+    fixed: tuple[tuple[str, int], ...] = ()
+    free: tuple[tuple[str, tuple[int, ...]], ...] = ()
 
 
 @runtime_checkable
@@ -172,6 +185,41 @@ class Engine(Protocol):
 
     def build(self, problem: Problem, config: EngineConfig, policy: Policy) -> Built:
         """Make one configuration runnable."""
+
+
+@runtime_checkable
+class Searchable(Protocol):
+    """What an engine has besides, when effort `exhaustive` may walk its knobs."""
+
+    def spaces(self, problem: Problem) -> Sequence[Space]:
+        """Every knob with its range; cheap."""
+
+    def candidate(self, problem: Problem, config: EngineConfig) -> Candidate:
+        """One configuration, proposed by nobody, with what is known before it is built.
+
+        Raises:
+            PlanRejected: there is no such configuration.
+        """
+
+
+@runtime_checkable
+class Restoring(Protocol):
+    """What an engine has besides, when its plans survive the process."""
+
+    def restore(self, problem: Problem, config: EngineConfig, policy: Policy, serialized: bytes) -> Built:
+        """A plan from its serialized form, which may come from a stranger and is checked against the problem.
+
+        Raises:
+            PlanRejected: it is no plan for this problem, configuration and device, or cannot be restored here.
+        """
+
+
+@runtime_checkable
+class Remakable(Protocol):
+    """What an engine that was registered by hand has besides, so that a worker process can have the same one."""
+
+    def remake(self) -> tuple[str, bytes]:
+        """`module:function` and bytes; the function makes an equal engine of those bytes."""
 
 
 def normalize_name(name: str) -> str:

@@ -33,6 +33,7 @@ from convplan.engines.cudnn.target import Target, handle_of, present
 _SOURCES: dict[str, tuple[str, ...]] = {
     "instant": ("mode_a", "fallback"),
     "measure": ("mode_a", "mode_b", "fallback"),
+    "exhaustive": ("mode_a", "mode_b", "fallback"),
 }
 _LETTERS = {"fprop": "xwy", "dgrad": "ywx", "wgrad": "xyw"}  # first input, second input, output
 COMPILED = "RUNTIME_COMPILATION"
