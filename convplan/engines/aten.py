@@ -206,7 +206,7 @@ def _fprop_in_one_frame(problem: Problem, policy: Policy, run_and_deliver: Run) 
     stride, dilation, groups = list(problem.stride), list(problem.dilation), problem.groups
     padding, zeros, wanted = [before for before, _ in problem.padding], [0] * len(stride), problem.output.strides
     deterministic, tf32 = bool(policy.deterministic), bool(policy.allow_tf32)
-    convolution = torch._convolution
+    convolution, cudnn = torch._convolution, torch.backends.cudnn.enabled
 
     def run(
         first: torch.Tensor, second: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor | None
@@ -214,7 +214,7 @@ def _fprop_in_one_frame(problem: Problem, policy: Policy, run_and_deliver: Run) 
         if out is not None:
             return run_and_deliver(first, second, bias, out)
         result = convolution(
-            first, second, bias, stride, padding, dilation, False, zeros, groups, False, deterministic, True, tf32
+            first, second, bias, stride, padding, dilation, False, zeros, groups, False, deterministic, cudnn, tf32
         )
         return result if result.stride() == wanted else deliver(result, problem.output, None)
 
@@ -369,12 +369,12 @@ def _convolve(
     stride, dilation, groups = list(problem.stride), list(problem.dilation), problem.groups
     outer = output_padding or [0] * len(stride)
     deterministic, tf32 = bool(policy.deterministic), bool(policy.allow_tf32)
-    convolution = torch._convolution
+    convolution, cudnn = torch._convolution, torch.backends.cudnn.enabled
 
     def run(first: torch.Tensor, second: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         return convolution(
             first, second, bias, stride, padding, dilation, transposed, outer, groups,
-            False, deterministic, True, tf32,
+            False, deterministic, cudnn, tf32,
         )  # fmt: skip
 
     return run
@@ -468,10 +468,11 @@ def _backward(problem: Problem, policy: Policy, padding: list[int], mask: list[b
     if problem.device != "cuda":
         return run
     deterministic, tf32 = bool(policy.deterministic), bool(policy.allow_tf32)
+    cudnn = torch.backends.cudnn.enabled
 
     def run_with_flags(y: torch.Tensor, x: torch.Tensor, w: torch.Tensor) -> Sequence[torch.Tensor]:
         # Unlike the forward, torch's backward reads its flags from global state.
-        with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=deterministic, allow_tf32=tf32):
+        with torch.backends.cudnn.flags(enabled=cudnn, benchmark=False, deterministic=deterministic, allow_tf32=tf32):
             return run(y, x, w)
 
     return run_with_flags

@@ -82,6 +82,8 @@ class CudnnEngine:
             raise EngineUnavailable(
                 engine=self.name, needs="a GPU that torch can use (torch.cuda.is_available() is False)"
             )
+        if not torch.backends.cudnn.enabled:
+            raise EngineUnavailable(engine=self.name, needs="torch.backends.cudnn.enabled, which is False")
         return present(torch.cuda.current_device())
 
     def supports(self, problem: Problem) -> Support:
