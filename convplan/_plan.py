@@ -61,6 +61,7 @@ class PlanRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
         ranking: candidates that may run, best first; `ranking[0]` is the choice, the next ones are its fallbacks.
         rejected: every other candidate, with its reason.
         planning_s: seconds that planning took.
+        stages_s: how they fell to the stages, as (name, seconds); empty where that was not kept.
         created: UTC time in ISO 8601.
         version: convplan's version.
         curve: how an exhaustive search went: (seconds since it began, best microseconds so far), one pair for each
@@ -74,6 +75,7 @@ class PlanRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
     ranking: tuple[Evidence, ...]
     rejected: tuple[Evidence, ...] = ()
     planning_s: float = 0.0
+    stages_s: tuple[tuple[str, float], ...] = ()
     created: str = ""
     version: str = ""
     curve: tuple[tuple[float, float], ...] = ()

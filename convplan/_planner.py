@@ -102,14 +102,20 @@ def plan_problem(
     """
     begin = clock()
     work: Effort = effort or policy.effort
-    live, rejected = enumerate_candidates(problem, policy, work)
-    for stage in (filter_candidates, build_candidates) if work != "instant" else (filter_candidates,):
-        live, dropped = stage(live, problem, policy)
-        rejected += dropped
+    stages = _Stages(clock)
+    with stages("enumerate"):
+        live, rejected = enumerate_candidates(problem, policy, work)
+    with stages("filter"):
+        live, dropped = filter_candidates(live, problem, policy)
+    rejected += dropped
     if work != "instant":
-        ranking, dropped = _prove_and_time(live, problem, policy, clock)
+        with stages("build"):
+            live, dropped = build_candidates(live, problem, policy)
+        rejected += dropped
+        ranking, dropped = _prove_and_time(live, problem, policy, clock, stages)
     else:
-        ranking, dropped = _first_that_builds(live, problem, policy)
+        with stages("build"):
+            ranking, dropped = _first_that_builds(live, problem, policy)
     rejected += dropped
     if not ranking:
         raise no_plan(problem, policy, rejected)
@@ -121,11 +127,26 @@ def plan_problem(
         ranking=tuple(ranking),
         rejected=tuple(rejected),
         planning_s=round((clock() - begin) / 1e9, 6),
+        stages_s=tuple(stages.seconds.items()),
         created=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         version=__version__,
     )
     log.info("planned %s in %.3f s (%d usable, %d rejected)", record, record.planning_s, len(ranking), len(rejected))
     return record
+
+
+class _Stages:
+    """Seconds by stage."""
+
+    def __init__(self, clock: Clock) -> None:
+        self._clock = clock
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        begin = self._clock()
+        yield
+        self.seconds[name] = round((self._clock() - begin) / 1e9, 6)
 
 
 def no_plan(problem: Problem, policy: Policy, rejected: Sequence[Evidence]) -> NoPlan:
@@ -239,7 +260,7 @@ def _first_that_builds(
 
 
 def _prove_and_time(
-    live: Sequence[_Live], problem: Problem, policy: Policy, clock: Clock
+    live: Sequence[_Live], problem: Problem, policy: Policy, clock: Clock, stages: _Stages
 ) -> tuple[list[Evidence], list[Evidence]]:
     """Stages verify, measure and rank, which share one set of tensors."""
     import torch
@@ -250,10 +271,12 @@ def _prove_and_time(
     rejected = _fit_workspace(live, device) if device.type == "cuda" else []
     live = [item for item in live if not any(item.candidate.config == out.config for out in rejected)]
     with torch.no_grad(), _cache_emptied(device):
-        verifier = _verifier(problem, device, policy)
         synchronize = functools.partial(torch.cuda.synchronize, device) if device.type == "cuda" else None
-        right, wrong = verify_candidates(live, problem, verifier, clock, synchronize)
-        measured, slower = measure_candidates(right, policy, verifier, clock, synchronize)
+        with stages("verify"):
+            verifier = _verifier(problem, device, policy)
+            right, wrong = verify_candidates(live, problem, verifier, clock, synchronize)
+        with stages("measure"):
+            measured, slower = measure_candidates(right, policy, verifier, clock, synchronize)
     ranking = rank(measured, live)
     return ranking, rejected + wrong + slower
 
