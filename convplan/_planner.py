@@ -10,6 +10,7 @@ from __future__ import annotations
 import datetime
 import functools
 import logging
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -25,11 +26,12 @@ from convplan._plan import Evidence, Plan, PlanRecord
 from convplan._policy import Effort, Policy
 from convplan._problem import DTYPES, Problem
 from convplan.engines import registry
-from convplan.engines.base import FALLBACK, LAST_RESORT, Built, Candidate, Engine, EngineConfig
+from convplan.engines.base import FALLBACK, LAST_RESORT, Built, Candidate, Engine, EngineConfig, Run
 
 if TYPE_CHECKING:
     import torch
 
+    from convplan._inputs import Inputs
     from convplan._measure_cuda import GraphTimer
     from convplan._verify import Verifier
 
@@ -41,6 +43,7 @@ FIRST_RUN_CUTOFF = 4 * CUTOFF  # the first call may hold one-time work; beyond t
 FIRST_RUN_GRACE_US = 20_000.0  # and below this, one-time work can be all of it
 _LATER = {FALLBACK: 1, LAST_RESORT: 2}
 MOST_WORKSPACE_BYTES = 2**40  # more is out of memory without trying
+MOST_TURNS = 32  # sets of inputs; problems too small for that many to fill a cache are timed in it
 SAFETY_BYTES = 64 * 2**20  # memory left alone when the limit is what the machine can provide
 
 
@@ -372,16 +375,12 @@ def _verify(
 
     def run_again(*arguments: Any) -> torch.Tensor:
         """The first run may have held one-time work, which must not decide who races."""
-        item.first_us = min(item.first_us, _time_us(lambda: again.append(run(*arguments)), clock, synchronize))
-        return again.pop()
+        out, time_us = _timed(lambda: run(*arguments), clock, synchronize)
+        item.first_us = min(item.first_us, time_us)
+        return out
 
-    again: list[torch.Tensor] = []
     try:
-        begin = clock()
-        out = run(*verifier.random, None)
-        if synchronize is not None:
-            synchronize()
-        item.first_us = (clock() - begin) / 1e3
+        out, item.first_us = _timed(lambda: run(*verifier.random, None), clock, synchronize)
         if item.first_us > max(FIRST_RUN_CUTOFF * best_us, FIRST_RUN_GRACE_US):
             return "measure", f"cut off: first run {item.first_us:.0f} us, best so far {best_us:.0f} us"
         item.error = round(verifier.check(config, notes, out), 6)
@@ -434,30 +433,58 @@ def measure_candidates(
     limit = policy.benchmark_limit or len(live)
     rejected = [item.evidence("measure", f"beyond benchmark_limit={limit}") for item in live[limit:]]
     timed = {item.candidate.config: item for item in live[:limit]}
-    calls = {config: functools.partial(_built(item).run, *verifier.random, None) for config, item in timed.items()}
+    turns = _turns(verifier, policy)
+    calls = {config: _InTurns(_built(item).run, turns) for config, item in timed.items()}
     best_us = min((item.first_us for item in timed.values()), default=0.0)
     once = {config for config, item in timed.items() if not item.candidate.notes.direct}  # not run on integers
     slow = {config for config in once if timed[config].first_us > CUTOFF * best_us}
     contestants = []
     for config, item in timed.items():
         try:
-            time_us = _time_us(calls[config], clock, synchronize) if config in slow else item.first_us
+            time_us = _timed(calls[config], clock, synchronize)[1] if config in slow else item.first_us
         except Exception as exc:  # an engine's failure costs its candidate, never the planning
             rejected.append(item.evidence("measure", f"failed while timed: {_reason(exc)}"))
         else:
             contestants.append(Contestant(config, calls[config], min(time_us, item.first_us)))
-    timer = _gpu_timer(verifier.problem, clock)
+    timer = _gpu_timer(verifier.problem, clock, len(turns))
     measurements, slower = race(
         contestants, budget_s=policy.budget_s, clock=clock, synchronize=synchronize, timer=timer
     )
     for config, call in calls.items():
         if timer is not None and timer.sampled(call) and not timer.is_captured(call):
             timed[config].remark = "timed without a CUDA graph, into which it could not be captured"
+    for measured in measurements:
+        if measured.in_final:
+            timed[measured.config].remark = "timed in the final, under load"
     rejected += [timed[one.config].evidence("measure", one.reason) for one in slower]
     return [(timed[m.config], m) for m in measurements], rejected
 
 
-def _gpu_timer(problem: Problem, clock: Clock) -> GraphTimer | None:
+class _InTurns:
+    """Runs a candidate on several sets of inputs, one after the other."""
+
+    def __init__(self, run: Run, turns: Sequence[Inputs]) -> None:
+        self._run, self._turns, self._next = run, turns, 0
+
+    def __call__(self) -> torch.Tensor:
+        inputs = self._turns[self._next]
+        self._next = (self._next + 1) % len(self._turns)
+        return self._run(*inputs, None)
+
+
+def _turns(verifier: Verifier, policy: Policy) -> list[Inputs]:
+    """The inputs to time with: one set, or for a cold cache so many that together they are twice as large as it."""
+    inputs, problem = verifier.random, verifier.problem
+    if problem.device != "cuda" or policy.l2 == "warm":
+        return [inputs]
+    import torch
+
+    cache_bytes = torch.cuda.get_device_properties(torch.cuda.current_device()).L2_cache_size
+    count = min(math.ceil(2 * cache_bytes / max(problem.least_bytes, 1)), MOST_TURNS)
+    return [inputs] + [inputs.copy() for _ in range(count - 1)]
+
+
+def _gpu_timer(problem: Problem, clock: Clock, turns: int) -> GraphTimer | None:
     """CUDA graphs where there is a GPU to time; None: the host's clock."""
     if problem.device != "cuda":
         return None
@@ -465,15 +492,20 @@ def _gpu_timer(problem: Problem, clock: Clock) -> GraphTimer | None:
 
     from convplan._measure_cuda import GraphTimer
 
-    return GraphTimer(torch.device("cuda", torch.cuda.current_device()), clock)
+    return GraphTimer(torch.device("cuda", torch.cuda.current_device()), clock, turns=turns)
 
 
-def _time_us(call: Callable[[], object], clock: Clock, synchronize: Callable[[], object] | None) -> float:
-    begin = clock()
-    call()
+def _timed(
+    call: Callable[[], torch.Tensor], clock: Clock, synchronize: Callable[[], object] | None
+) -> tuple[torch.Tensor, float]:
+    """A call's result and its microseconds: the host's where calls return when they are done, else the device's."""
     if synchronize is not None:
-        synchronize()
-    return (clock() - begin) / 1e3
+        from convplan._measure_cuda import launch_us
+
+        return launch_us(call)
+    begin = clock()
+    out = call()
+    return out, (clock() - begin) / 1e3
 
 
 def _built(item: _Live) -> Built:
@@ -482,12 +514,12 @@ def _built(item: _Live) -> Built:
 
 
 def rank(measured: Sequence[tuple[_Live, Measurement]], live: Sequence[_Live]) -> list[Evidence]:
-    """Fastest first, except that those who tie with the fastest are ordered by what does not change from run to run:
-    deterministic first, last resorts last, then less workspace, then the engines' order (C5)."""
+    """As the race has them, except that those who tie with the fastest are ordered by what does not change from run to
+    run: deterministic first, last resorts last, then less workspace, then the engines' order (C5)."""
     if not measured:
         return []
     order = {item.candidate.config: place for place, item in enumerate(live)}
-    leader_us = min(m.median_us for _, m in measured)
+    leader_us = measured[0][1].median_us
 
     def tie_order(pair: tuple[_Live, Measurement]) -> tuple[bool, bool, int, int]:
         item, _ = pair
@@ -499,7 +531,7 @@ def rank(measured: Sequence[tuple[_Live, Measurement]], live: Sequence[_Live]) -
         )
 
     ties = sorted((pair for pair in measured if pair[1].ties_with_leader(leader_us)), key=tie_order)
-    rest = sorted((pair for pair in measured if not pair[1].ties_with_leader(leader_us)), key=lambda p: p[1].median_us)
+    rest = [pair for pair in measured if not pair[1].ties_with_leader(leader_us)]
     return [item.evidence(measured=m) for item, m in (*ties, *rest)]
 
 
