@@ -109,6 +109,7 @@ RATES: dict[str, _Rates] = {
 TENSOR_CLOCK_SHARE = {"9.0": 1830 / 1980}
 _AT_FULL_CLOCK = ("float64", "float32")
 
+DRIVER_LIBRARY = "libcuda.so.1"
 # CUdevice_attribute of the driver's API.
 _CLOCK_RATE, _MEMORY_CLOCK_RATE, _MEMORY_BUS_WIDTH = 13, 36, 37
 
@@ -208,13 +209,13 @@ def _gpu(index: int) -> Gpu:
     )
 
 
-def _driver_attribute(index: int, attribute: int) -> int | None:
+def _driver_attribute(index: int, attribute: int, library: str = DRIVER_LIBRARY) -> int | None:
     """One attribute from the driver, which torch has loaded and initialized; None where it does not answer.
 
-    The driver's library and not the runtime's: its name does not change with CUDA's version.
+    The driver's library and not the runtime's, since its name does not change with CUDA's version.
     """
     try:
-        driver = ctypes.CDLL("libcuda.so.1")
+        driver = ctypes.CDLL(library)
         device, value = ctypes.c_int(), ctypes.c_int()
         if driver.cuDeviceGet(ctypes.byref(device), ctypes.c_int(index)):
             return None
