@@ -28,8 +28,10 @@ from convplan._policy import Policy
 from convplan._problem import FLOAT_DTYPES, Problem
 
 LEAST_RATE = 1.0  # per microsecond; slower than any machine, and large enough to divide by
-PRODUCT_SIDES = (128, 256, 512, 1024, 2048)
-LONG_ENOUGH_US = 500.0  # a product that takes this long runs near the rate of a larger one
+PROBE_SIDE, SMALL_SIDE, LARGE_SIDE, MOST_SIDE = 128, 512, 1024, 4096  # of the matrices that are multiplied
+LARGE_FLOPS = 1e9  # from here on planning a problem takes so long that a large product costs nothing beside it
+LONG_ENOUGH_US = 500.0  # a product that takes this long keeps every thread busy
+HOPELESS = 4  # a type that is so many times slower than float32 is computed in float32 instead
 LEAST_COPY_BYTES, MOST_COPY_BYTES = 2**20, 2**24
 REPEATS = 3
 
@@ -230,38 +232,42 @@ def _cpu_peaks(problem: Problem) -> Peaks:
     import torch
 
     threads = torch.get_num_threads()
-    # 16-bit problems may also be computed in float32, whichever is faster.
-    rates = {measured_flops_per_us(dtype, threads) for dtype in (problem.dtype, _plain(problem.dtype))}
+    side = LARGE_SIDE if problem.flops >= LARGE_FLOPS else SMALL_SIDE
+    rate = measured_flops_per_us("float64" if problem.dtype == "float64" else "float32", threads, side)
+    # 16-bit problems may be computed in their own type or in float32, whichever is faster.
+    if problem.dtype in ("bfloat16", "float16"):
+        probed = measured_flops_per_us(problem.dtype, threads, PROBE_SIDE, PROBE_SIDE)
+        if probed * HOPELESS > measured_flops_per_us("float32", threads, PROBE_SIDE, PROBE_SIDE):
+            rate = max(rate, measured_flops_per_us(problem.dtype, threads, SMALL_SIDE))
     size = min(max(problem.least_bytes, LEAST_COPY_BYTES), MOST_COPY_BYTES)
     bandwidth = measured_bytes_per_us(1 << (size - 1).bit_length(), threads)
-    return Peaks(kind="measured", flops_per_us=round(max(rates), 1), bytes_per_us=round(bandwidth, 1))
+    return Peaks(kind="measured", flops_per_us=round(rate, 1), bytes_per_us=round(bandwidth, 1))
 
 
-def _plain(dtype: str) -> str:
-    return "float64" if dtype == "float64" else "float32"
-
-
-@functools.lru_cache(maxsize=32)
-def measured_flops_per_us(dtype: str, threads: int) -> float:
+@functools.lru_cache(maxsize=64)
+def measured_flops_per_us(dtype: str, threads: int, side: int = LARGE_SIDE, most_side: int = MOST_SIDE) -> float:
     """The CPU's rate in a matrix product, in operations per microsecond.
 
-    The product grows until it takes long enough, so that few threads are not kept long and many are kept busy.
+    Where many threads make short work of the product, larger ones follow. It never ends with a smaller one than asked
+    for: on a busy machine a short product can take a hundred times as long as it should, a long one cannot.
 
     Args:
         dtype: a floating-point type.
         threads: torch's number of them; only tells results apart.
+        side: rows and columns of the first matrices.
+        most_side: of the last ones.
     """
     import torch
 
     best = LEAST_RATE
-    for side in PRODUCT_SIDES:
+    while side <= most_side:
         matrix = torch.ones(side, side, dtype=getattr(torch, dtype), device="cpu")
         # With `out`, which autocast leaves alone.
-        product = functools.partial(torch.mm, matrix, matrix, out=torch.empty_like(matrix))
-        took_us = _best_us(product)
+        took_us = _best_us(functools.partial(torch.mm, matrix, matrix, out=torch.empty_like(matrix)))
         best = max(best, 2 * side**3 / took_us)
         if took_us >= LONG_ENOUGH_US:
             break
+        side *= 2
     return best
 
 
@@ -281,12 +287,10 @@ def measured_bytes_per_us(size_bytes: int, threads: int) -> float:
 
 
 def _best_us(call: Callable[[], object]) -> float:
-    """The shortest of a few calls, of two where they are long; the first one also sets things up."""
+    """The shortest of a few calls, the first of which also sets things up."""
     times: list[float] = []
-    for _ in range(REPEATS + 1):
+    for _ in range(REPEATS):
         begin = time.perf_counter_ns()
         call()
         times.append((time.perf_counter_ns() - begin) / 1e3)
-        if len(times) > 1 and times[-1] > LONG_ENOUGH_US:
-            break
     return max(min(times), 1e-3)

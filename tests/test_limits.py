@@ -186,6 +186,26 @@ def test_a_processor_is_measured_once_in_a_process(monkeypatch: pytest.MonkeyPat
         measured_bytes_per_us(2**21, threads=-1)
 
 
+@pytest.mark.parametrize(("took_us", "last_side"), [(10_000.0, 64), (100.0, 256)], ids=["long", "short"])
+def test_a_product_grows_while_it_is_short_and_never_shrinks(
+    monkeypatch: pytest.MonkeyPatch, took_us: float, last_side: int
+) -> None:
+    """A busy machine makes a small product look as slow as a large one: the size asked for is the least that counts."""
+    monkeypatch.setattr(_limits, "_best_us", lambda call: call() is None or took_us)
+    assert measured_flops_per_us("float32", -3, 64, 256) == max(2 * last_side**3 / took_us, 1.0)
+    monkeypatch.undo()
+    measured_flops_per_us.cache_clear()
+
+
+def test_sixteen_bit_types_are_at_least_as_fast_as_float32() -> None:
+    """They may be computed in it."""
+    rates = [
+        peaks_of(Problem.dense("fprop", (1, 4, 12, 12), (4, 4, 3, 3), dtype=dtype), QUICK).flops_per_us
+        for dtype in ("float32", "bfloat16", "float16")
+    ]
+    assert all(rate is not None and rates[0] is not None and rate >= rates[0] for rate in rates)
+
+
 def test_neither_a_default_device_nor_autocast_changes_what_is_measured() -> None:
     with torch.device("meta"), torch.autocast("cpu", dtype=torch.bfloat16):
         assert measured_flops_per_us("float32", threads=-2) > 10
@@ -252,7 +272,7 @@ def test_a_record_written_before_rates_were_kept_still_reads() -> None:
     assert (old.peaks, old.limit, old.key) == (None, None, record.key)
     text = old.explain()
     assert "hardware limit  not known: the plan holds no peak rates of its machine" in text
-    assert "stock torch     not known: no candidate is marked as torch's own way" in text
+    assert "stock torch     not known: torch's own way was not proposed, or the plan is older than its mark" in text
 
 
 DRIVER = """

@@ -69,7 +69,7 @@ def test_the_question_comes_first_one_line_each() -> None:
         "effort": "measure",
         "planning": "1.50 s, 2026-01-01T00:00:00+00:00 by convplan 0.1.0",
         "key": record().key,
-        "stock torch": "not known: no candidate is marked as torch's own way",
+        "stock torch": "not known: torch's own way was not proposed, or the plan is older than its mark",
         "hardware limit": "not known: the plan holds no peak rates of its machine",
     }
 

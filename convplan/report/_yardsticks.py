@@ -89,7 +89,7 @@ def _why_no_stock(record: PlanRecord) -> str:
     for evidence in record.rejected:
         if evidence.config.engine == STOCK_ENGINE and evidence.rejected == "enumerate":
             return f"not timed: {STOCK_ENGINE} is rejected in enumerate: {evidence.reason}"
-    return "not known: no candidate is marked as torch's own way"
+    return "not known: torch's own way was not proposed, or the plan is older than its mark"
 
 
 def limit_line(record: PlanRecord) -> str:
