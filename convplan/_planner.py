@@ -21,6 +21,7 @@ import msgspec
 from convplan import __version__
 from convplan._environment import Environment
 from convplan._errors import ConvPlanError, NoPlan, PlanRejected, WrongResult
+from convplan._limits import measured_flops_per_us, peaks_of
 from convplan._measure import CUTOFF, Clock, Contestant, Measurement, first_line, race
 from convplan._plan import Evidence, Plan, PlanRecord
 from convplan._policy import Effort, Policy
@@ -63,6 +64,7 @@ class _Live(msgspec.Struct):
         return Evidence(
             config=self.candidate.config,
             source=self.candidate.source,
+            stock=self.candidate.stock,
             notes=self.candidate.notes,
             workspace_bytes=workspace,
             median_us=None if measured is None else round(measured.median_us, 3),
@@ -129,6 +131,7 @@ def plan_problem(
         effort=work,
         ranking=tuple(ranking),
         rejected=tuple(rejected),
+        peaks=peaks_of(problem, policy, measure=work != "instant"),
         planning_s=round((clock() - begin) / 1e9, 6),
         stages_s=tuple(stages.seconds.items()),
         created=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
@@ -392,7 +395,6 @@ def _verify(
     return "", ""
 
 
-@functools.lru_cache(maxsize=32)
 def _peak_flops_per_us(dtype: str, device: str, threads: int) -> float:
     """A rate no direct method reaches, in operations per microsecond.
 
@@ -401,16 +403,8 @@ def _peak_flops_per_us(dtype: str, device: str, threads: int) -> float:
     """
     if device != "cpu":
         return float("inf")
-    import torch
-
     half = DTYPES[dtype].itemsize_bytes <= 2
-    matrix = torch.ones(1024, 1024, dtype=torch.float64 if dtype == "float64" else torch.float32)
-    times = []
-    for _ in range(3):
-        begin = time.perf_counter()
-        matrix @ matrix
-        times.append(time.perf_counter() - begin)
-    return (16 if half else 2) * 2 * 1024**3 / (min(times) * 1e6)
+    return (16 if half else 2) * measured_flops_per_us("float64" if dtype == "float64" else "float32", threads)
 
 
 def _least_us(candidate: Candidate, problem: Problem) -> float:

@@ -396,6 +396,10 @@ def test_explain_accepts_the_beginning_of_a_key(run: Run, stored: list[str]) -> 
     found = run("explain", stored[0].upper(), "--json").json
     assert found["key"] == stored[0]
     assert msgspec.convert(found["record"], PlanRecord) == record
+    assert found["hardware_limit"]["us"] == max(found["hardware_limit"][name] for name in ("flops_us", "bytes_us"))
+    assert [one["median_us"] for one in found["stock_torch"]] == [e.median_us for e in record.ranking if e.stock]
+    assert sum(len(group["candidates"]) for group in found["rejected"]) == len(record.rejected)
+    assert run("explain", stored[0], "--all").out == record.explain(every_rejection=True) + "\n"
 
 
 def test_explain_wants_exactly_one_plan(run: Run, stored: list[str]) -> None:

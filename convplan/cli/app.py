@@ -226,12 +226,14 @@ def list_(key: KeyPrefix = "", engine: EngineName = None, device: DeviceName = N
 @app.command()
 @command
 def explain(
-    key: Annotated[str, typer.Argument(metavar="KEY", help="A plan's key, or how it begins.")], as_json: AsJson = False
+    key: Annotated[str, typer.Argument(metavar="KEY", help="A plan's key, or how it begins.")],
+    every_rejection: Annotated[bool, typer.Option("--all", help="List every rejected candidate.")] = False,
+    as_json: AsJson = False,
 ) -> Result:
-    """Show a stored plan with every candidate's time, or the reason why it was rejected."""
+    """Show a stored plan: its candidates' times, stock torch's, the hardware limit, and why others were rejected."""
     from convplan.cli import stored
 
-    return stored.explain(key)
+    return stored.explain(key, every_rejection=every_rejection)
 
 
 @app.command()

@@ -101,6 +101,7 @@ class AtenEngine:
             workspace_bytes=_workspace_bytes(problem, layout, path, via, compute),
             flops=float(problem.flops),
             source=LAST_RESORT if problem.device == "cuda" else FALLBACK if path is Path.NATIVE else "heuristic",
+            stock=_stock_call(problem, layout, path, via, compute),
         )
 
     def build(self, problem: Problem, config: EngineConfig, policy: Policy) -> Built:
@@ -136,6 +137,18 @@ class AtenEngine:
 
 
 Core = Callable[[torch.Tensor, torch.Tensor, "torch.Tensor | None"], torch.Tensor]
+
+
+def _stock_call(problem: Problem, layout: Layout, path: Path, via: Via, compute: Compute) -> str:
+    """What torch runs like this by itself, with the flags that `build` gives it; empty where a knob is turned."""
+    if (layout, path, compute) != (Layout.AS_GIVEN, Path.STOCK, Compute.OWN) or via is Via.FLIPPED:
+        return ""
+    call = {"fprop": "convolution", "wgrad": "gradient for the weight"}.get(problem.op)
+    if call is None:  # a dgrad is either of two things to torch
+        call = "transposed convolution" if via is Via.TRANSPOSED else "gradient for the input"
+    if not _Padding(problem.padding).is_symmetric:
+        call += ", uneven padding done apart"
+    return call + (", cudnn.benchmark=False" if problem.device == "cuda" else "")
 
 
 def _layouts(problem: Problem) -> list[Layout]:

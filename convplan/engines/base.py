@@ -119,6 +119,8 @@ class Candidate(msgspec.Struct, frozen=True):
         source: which list it comes from: `heuristic` or an engine's own name for it, `fallback` for what is tried after
             all of those, `last_resort` for what comes after everything.
         refused: why the engine itself says this configuration must not run, empty when it may.
+        stock: what torch runs exactly like this when convplan is not there, in words such as `convolution`, and with
+            the flags it then has; empty for what torch does not do by itself.
     """
 
     config: EngineConfig
@@ -127,6 +129,7 @@ class Candidate(msgspec.Struct, frozen=True):
     flops: float | None = None
     source: str = "heuristic"
     refused: str = ""
+    stock: str = ""
 
 
 class Built(msgspec.Struct, frozen=True):
