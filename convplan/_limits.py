@@ -173,6 +173,23 @@ def gpu_peaks(gpu: Gpu, dtype: str, *, tf32: bool) -> Peaks:
     )
 
 
+def gpu_plain_flops_per_us(dtype: str) -> float | None:
+    """A rate that nothing reaches on the current GPU without tensor cores; None: unknown.
+
+    Four times that of float32 for 16-bit types, which is the largest ratio of those that NVIDIA states.
+    """
+    gpu = _current_gpu()
+    rates = RATES.get(gpu.capability)
+    if rates is None or not gpu.clock_khz or dtype not in ("float32", "float16", "bfloat16"):
+        return None
+    return gpu.multiprocessors * gpu.clock_khz * 1e3 * rates.float32 * (1 if dtype == "float32" else 4) / 1e6
+
+
+def gpu_bytes_per_us() -> float | None:
+    """The current GPU's theoretical memory bandwidth; None: unknown."""
+    return gpu_peaks(_current_gpu(), "float32", tf32=False).bytes_per_us
+
+
 def _operations_per_clock(capability: str, dtype: str, tf32: bool) -> tuple[int | None, str]:
     """Operations per clock and multiprocessor, and the column of `RATES` they are from."""
     column = "float8" if dtype.startswith("float8") else dtype

@@ -11,6 +11,7 @@ import datetime
 import functools
 import logging
 import math
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -21,7 +22,7 @@ import msgspec
 from convplan import __version__
 from convplan._environment import Environment
 from convplan._errors import ConvPlanError, NoPlan, PlanRejected, WrongResult
-from convplan._limits import measured_flops_per_us, peaks_of
+from convplan._limits import gpu_bytes_per_us, gpu_plain_flops_per_us, measured_flops_per_us, peaks_of
 from convplan._measure import CUTOFF, Clock, Contestant, Measurement, first_line, race
 from convplan._plan import Evidence, Plan, PlanRecord
 from convplan._policy import Effort, Policy
@@ -30,6 +31,8 @@ from convplan.engines import registry
 from convplan.engines.base import FALLBACK, LAST_RESORT, Built, Candidate, Engine, EngineConfig, Run
 
 if TYPE_CHECKING:
+    from concurrent.futures import Future, ThreadPoolExecutor
+
     import torch
 
     from convplan._inputs import Inputs
@@ -38,6 +41,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("convplan.planner")
 
+BUILDERS = 4  # threads
+COMPILED = "RUNTIME_COMPILATION"
 ALWAYS_DROPPED_NOTES = ("DOWN_CONVERT_INPUTS",)  # B9: unless the policy lets them through by name
 FEWER_OPERATIONS = 20  # a method with that many times fewer operations goes first when nothing is timed
 FIRST_RUN_CUTOFF = 4 * CUTOFF  # the first call may hold one-time work; beyond this it is hopeless all the same
@@ -58,6 +63,7 @@ class _Live(msgspec.Struct):
     error: float | None = None
     verified: str = "no"
     remark: str = ""
+    pending: Future[str] | None = None  # being built elsewhere; why it cannot be, empty once it is
 
     def evidence(self, rejected: str = "", reason: str = "", measured: Measurement | None = None) -> Evidence:
         workspace = self.candidate.workspace_bytes if self.built is None else self.built.workspace_bytes
@@ -238,9 +244,35 @@ def workspace_limit_bytes(problem: Problem, policy: Policy) -> int:
 
 
 def build_candidates(live: Sequence[_Live], problem: Problem, policy: Policy) -> Stage:
-    """Build each; drop what does not build, and what turns out to need more workspace than allowed."""
+    """Build each; drop what does not build, and what turns out to need more workspace than allowed.
+
+    What is compiled at run time takes a thousand times longer than the rest. On a GPU it is built by other threads,
+    while the rest is verified; `_Live.pending` then has the reason to drop it.
+    """
     limit = workspace_limit_bytes(problem, policy)
-    return _split(live, "build", lambda item: _build(item, problem, policy, limit))
+    later = [item for item in live if problem.device == "cuda" and COMPILED in item.candidate.notes.behavior]
+    if later:
+        import torch
+
+        index = torch.cuda.current_device()
+        for item in later:
+            item.pending = _builders(os.getpid()).submit(_build_on, index, item, problem, policy, limit)
+    return _split(live, "build", lambda item: "" if item.pending else _build(item, problem, policy, limit))
+
+
+@functools.lru_cache(maxsize=1)
+def _builders(pid: int) -> ThreadPoolExecutor:
+    """The threads that build; those of a parent process are of no use after a fork."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    return ThreadPoolExecutor(BUILDERS, thread_name_prefix="convplan-build")
+
+
+def _build_on(index: int, item: _Live, problem: Problem, policy: Policy, limit_bytes: int) -> str:
+    import torch
+
+    with torch.cuda.device(index):
+        return _build(item, problem, policy, limit_bytes)
 
 
 def _build(item: _Live, problem: Problem, policy: Policy, limit_bytes: int) -> str:
@@ -295,7 +327,7 @@ def _fit_workspace(live: Sequence[_Live], device: torch.device) -> list[Evidence
     """
     import torch
 
-    need = {item.candidate.config: _built(item).workspace_bytes for item in live}
+    need = {item.candidate.config: _built(item).workspace_bytes for item in live if item.pending is None}
     room = min(max(need.values(), default=0), MOST_WORKSPACE_BYTES)
     while room:
         try:
@@ -307,7 +339,7 @@ def _fit_workspace(live: Sequence[_Live], device: torch.device) -> list[Evidence
     return [
         item.evidence("measure", reason.format(need[item.candidate.config], room))
         for item in live
-        if need[item.candidate.config] > room
+        if need.get(item.candidate.config, 0) > room
     ]
 
 
@@ -349,9 +381,14 @@ def verify_candidates(
     best_us = float("inf")
     kept: list[_Live] = []
     rejected: list[Evidence] = []
-    for item in sorted(live, key=functools.partial(_instant_order, problem)):
+    slack = 1.0 if problem.device == "cuda" else CUTOFF  # on the CPU peak rates are measured, and only roughly
+    for item in sorted(live, key=lambda item: (item.pending is not None, _instant_order(problem, item))):
+        reason = "" if item.pending is None else item.pending.result()
+        if reason:
+            rejected.append(item.evidence("build", reason))
+            continue
         bound_us = _least_us(item.candidate, problem)
-        if bound_us > CUTOFF * best_us:
+        if bound_us > slack * best_us:
             reason = f"cut off unrun: {bound_us:.0f} us at the machine's peak rate, best so far {best_us:.0f} us"
             rejected.append(item.evidence("measure", reason))
             continue
@@ -409,11 +446,25 @@ def _peak_flops_per_us(dtype: str, device: str, threads: int) -> float:
 
 def _least_us(candidate: Candidate, problem: Problem) -> float:
     """Microseconds below which this candidate cannot come; 0 where its operations are unknown or may be skipped."""
+    if problem.device == "cuda":
+        return _least_us_on_gpu(candidate, problem)
     if candidate.flops is None or not candidate.notes.direct or candidate.flops < 1e9:
         return 0.0
     import torch
 
     return candidate.flops / _peak_flops_per_us(problem.dtype, problem.device, torch.get_num_threads())
+
+
+def _least_us_on_gpu(candidate: Candidate, problem: Problem) -> float:
+    """By operations where no tensor cores do them, and by the bytes that the method is known to move."""
+    if candidate.source == LAST_RESORT:  # what is behind it is torch's secret
+        return 0.0
+    by_flops = by_bytes = 0.0
+    if candidate.flops is not None and "TENSOR_CORE" not in candidate.notes.numerical:
+        by_flops = candidate.flops / (gpu_plain_flops_per_us(problem.dtype) or math.inf)
+    if candidate.moved_bytes is not None:
+        by_bytes = candidate.moved_bytes / (gpu_bytes_per_us() or math.inf)
+    return max(by_flops, by_bytes)
 
 
 def measure_candidates(
