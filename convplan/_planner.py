@@ -175,7 +175,7 @@ def _instant_order(problem: Problem, item: _Live) -> tuple[int, bool]:
 def filter_candidates(
     live: Sequence[_Live], problem: Problem, policy: Policy, learned: Sequence[LearnedErratum] = ()
 ) -> Stage:
-    """Drop what its engine refuses or the policy forbids, by notes and by workspace where that is known before building,
+    """Drop what its engine refuses or the policy forbids, by notes and by workspace where it is known before building,
     and what failed here before (B8-B12)."""
     limit = workspace_limit_bytes(problem, policy)
 
