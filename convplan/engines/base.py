@@ -64,9 +64,8 @@ class EngineConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, orde
 
     def __post_init__(self) -> None:
         # A stored plan holds some sixty of these, and most of the time of reading it is spent here.
-        if not _in_order(self.engine, tuple([name for name, _ in self.knobs])) or not all(
-            [type(value) is int for _, value in self.knobs]
-        ):
+        names = tuple([name for name, _ in self.knobs])
+        if not _in_order(self.engine, names) or {type(value) for _, value in self.knobs} - {int}:
             # int(): engines count knobs with enumerations of their own, which have no place in a stored identity.
             in_order = tuple(sorted((name, int(value)) for name, value in self.knobs))
             msgspec.structs.force_setattr(self, "knobs", in_order)
