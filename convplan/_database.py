@@ -154,11 +154,12 @@ class Database:
         watch(self)
 
     @contextlib.contextmanager
-    def session(self, *, write: bool = False) -> Iterator[sa.Connection]:
+    def session(self, *, write: bool = False, upgrade: bool = True) -> Iterator[sa.Connection]:
         """One transaction: committed at the end, undone on any error.
 
         Threads take turns. On SQLite a writer takes the write lock at the start, so that what it reads stays true until
-        it commits; a reader sees, with each statement, the last committed state and blocks nobody.
+        it commits; a reader sees, with each statement, the last committed state and blocks nobody. A writer upgrades
+        older tables first, unless `upgrade` is False.
 
         Raises:
             StoreError, StoreBusy, StoreMismatch: whatever the database said, with its cause attached.
@@ -167,7 +168,7 @@ class Database:
         with self._lock, self._named():
             try:
                 engine = self._opened()
-                if write and self._is_older:
+                if write and upgrade and self._is_older:
                     self._make_tables(engine)
                 with engine.connect() as connection:
                     connection.execution_options(**{_WRITE: write})

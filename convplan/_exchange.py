@@ -171,7 +171,7 @@ def export_plans(
     parts: list[Part] = []
     left_out: list[tuple[str, str]] = []
     size = 0
-    with _opened(store) as source:
+    with opened_store(store) as source:
         for row in source.rows(key_prefix=key_prefix, engine=engine, device=device):
             if row.record is None:
                 left_out.append((row.key, row.trouble))
@@ -260,7 +260,7 @@ def import_plans(
     if serialized:
         parts, bad = _read_parts(envelope, chosen)
         refused += bad
-    with _opened(store) as target:
+    with opened_store(store) as target:
         for key, record in chosen.items():
             put, taken = target.put_parts(record, parts.get(key, ()), keep_equal=True, dry_run=dry_run)
             counts[put] += 1
@@ -344,7 +344,7 @@ def check_plans(*, store: AnyStore | None = None) -> CheckReport:
     Raises:
         StoreError: the store cannot be opened.
     """
-    with _opened(store) as opened:
+    with opened_store(store) as opened:
         return opened.check()
 
 
@@ -375,7 +375,7 @@ def clear_plans(
     Raises:
         StoreError: the store cannot be opened or written.
     """
-    with _opened(store) as opened:
+    with opened_store(store) as opened:
         return opened.delete(
             key_prefix=key_prefix,
             engine=engine,
@@ -411,7 +411,7 @@ def _without_descriptions(value: Any) -> Any:
 
 
 @contextlib.contextmanager
-def _opened(store: AnyStore | None) -> Iterator[PlanStore]:
+def opened_store(store: AnyStore | None) -> Iterator[PlanStore]:
     """The store to work on; closed again if it was opened here."""
     if isinstance(store, PlanStore):
         yield store

@@ -383,12 +383,13 @@ class PlanStore(PartsTable, ErrataTable):
             named.append(db.plans.c.environment.not_in([environment_text(environment) for environment in not_in]))
         ours = db.plans.c.schema <= ROW_SCHEMA
         count = sa.select(sa.func.count()).select_from(db.plans)
-        with database.session(write=not dry_run) as connection:
+        with database.session(write=not dry_run, upgrade=False) as connection:
             left = connection.execute(count.where(*named, sa.not_(ours))).scalar_one()
             if dry_run:
                 return Deleted(connection.execute(count.where(*named, ours)).scalar_one(), left)
             removed = connection.execute(sa.delete(db.plans).where(*named, ours)).rowcount
-            connection.execute(db.delete_orphans)
+            if not database.is_older(connection):
+                connection.execute(db.delete_orphans)
             return Deleted(removed, left)
 
     def check(

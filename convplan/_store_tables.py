@@ -226,7 +226,7 @@ class ErrataTable(Tables):
         named = [table.c.schema <= ERRATUM_SCHEMA]
         if prefix:
             named.append(table.c.id.startswith(prefix, autoescape=True))
-        with database.session(write=not dry_run) as connection:
+        with database.session(write=not dry_run, upgrade=False) as connection:
             if database.is_older(connection):
                 return 0
             if dry_run:
