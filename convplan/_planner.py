@@ -22,6 +22,7 @@ import msgspec
 from convplan import __version__
 from convplan._environment import Environment
 from convplan._errors import ConvPlanError, NoPlan, PlanRejected, WrongResult
+from convplan._learned import LearnedErratum, verdict
 from convplan._limits import gpu_bytes_per_us, gpu_plain_flops_per_us, measured_flops_per_us, peaks_of
 from convplan._measure import CUTOFF, Clock, Contestant, Measurement, first_line, race
 from convplan._plan import Evidence, Plan, PlanRecord
@@ -94,6 +95,7 @@ def plan_problem(
     *,
     effort: Effort | None = None,
     clock: Clock = time.perf_counter_ns,
+    learned: Sequence[LearnedErratum] = (),
 ) -> PlanRecord:
     """Find the ranking of plans for a problem.
 
@@ -103,6 +105,7 @@ def plan_problem(
         environment: where the plan will belong.
         effort: None: the policy's.
         clock: nanoseconds, for timing candidates and planning itself.
+        learned: configurations that failed before; those that count in this environment are not run again.
 
     Returns:
         A record with at least one usable candidate.
@@ -117,7 +120,8 @@ def plan_problem(
     with stages("enumerate"):
         live, rejected = enumerate_candidates(problem, policy, work)
     with stages("filter"):
-        live, dropped = filter_candidates(live, problem, policy)
+        here = [one for one in learned if one.applies_in(environment)]
+        live, dropped = filter_candidates(live, problem, policy, learned=here)
     rejected += dropped
     if work != "instant":
         with stages("build"):
@@ -201,11 +205,18 @@ def _instant_order(problem: Problem, item: _Live) -> tuple[int, bool]:
     return _LATER.get(item.candidate.source, 0), not needs_few
 
 
-def filter_candidates(live: Sequence[_Live], problem: Problem, policy: Policy) -> Stage:
-    """Drop what its engine refuses or the policy forbids, by notes and by workspace where that is known before building
-    (B8-B12)."""
+def filter_candidates(
+    live: Sequence[_Live], problem: Problem, policy: Policy, learned: Sequence[LearnedErratum] = ()
+) -> Stage:
+    """Drop what its engine refuses or the policy forbids, by notes and by workspace where it is known before building,
+    and what failed here before (B8-B12)."""
     limit = workspace_limit_bytes(problem, policy)
-    return _split(live, "filter", lambda item: _forbidden(item.candidate, problem, policy, limit))
+
+    def reason_of(item: _Live) -> str:
+        forbidden = _forbidden(item.candidate, problem, policy, limit)
+        return forbidden or verdict(learned, problem, item.candidate.config)
+
+    return _split(live, "filter", reason_of)
 
 
 def _forbidden(candidate: Candidate, problem: Problem, policy: Policy, limit_bytes: int) -> str:

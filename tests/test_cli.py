@@ -150,7 +150,7 @@ def test_help_lists_every_command(run: Run) -> None:
     ran = run("--help")
     assert ran.code == 0
     commands = ["doctor", "demo", "tune", "replay-check", "bench", "configs", "list", "explain", "verify", "export"]
-    commands += ["import", "check", "clear"]
+    commands += ["import", "check", "clear", "errata"]
     assert [name for name in commands if f" {name} " not in ran.out] == []
     assert run("--version").out == f"convplan {convplan.__version__}\n"
 
@@ -460,7 +460,7 @@ def test_plans_go_out_to_a_file_and_come_back(run: Run, stored: list[str], tmp_p
     assert run("import", file, "--json").json["kept"] == 2
     ran = run("check")
     assert (ran.code, ran.err) == (0, "")
-    assert "0 cannot be used" in ran.out
+    assert "0 rows cannot be used" in ran.out
     assert run("check", "--json").json["ok"] is True
 
 
@@ -469,6 +469,9 @@ def test_import_answers_no_when_a_plan_is_refused(run: Run, stored: list[str], t
     run("export", file)
     changed = json.loads(file.read_bytes())
     changed["plans"][0]["ranking"] = []
+    file.write_text(json.dumps(changed))
+    assert "was altered after it was written" in run("import", file).err
+    del changed["content_sha256"]
     file.write_text(json.dumps(changed))
     ran = run("import", file, "--json")
     assert ran.code == 1

@@ -31,6 +31,10 @@ KeyPrefix = Annotated[str, typer.Option("--key", metavar="PREFIX", help="Only pl
 EngineName = Annotated[str | None, typer.Option("--engine", metavar="NAME", help="Only plans that chose this engine.")]
 DeviceName = Annotated[str | None, typer.Option("--device", metavar="TYPE", help="Only plans for this device type.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would happen, change nothing.")]
+WithSerialized = Annotated[
+    bool,
+    typer.Option("--serialized/--no-serialized", help="With the compiled parts of plans, which are native GPU code."),
+]
 
 # The policy.
 Deterministic = Annotated[
@@ -257,21 +261,24 @@ def export(
     key: KeyPrefix = "",
     engine: EngineName = None,
     device: DeviceName = None,
+    serialized: WithSerialized = True,
     as_json: AsJson = False,
 ) -> Result:
     """Write stored plans to a JSON file."""
     from convplan.cli import stored
 
-    return stored.export(file, key_prefix=key, engine=engine, device=device)
+    return stored.export(file, key_prefix=key, engine=engine, device=device, serialized=serialized)
 
 
 @app.command("import")
 @command
-def import_(file: InputFile, dry_run: DryRun = False, as_json: AsJson = False) -> Result:
+def import_(
+    file: InputFile, dry_run: DryRun = False, serialized: WithSerialized = True, as_json: AsJson = False
+) -> Result:
     """Take the plans of a JSON file into the store."""
     from convplan.cli import stored
 
-    return stored.import_(file, dry_run=dry_run)
+    return stored.import_(file, dry_run=dry_run, serialized=serialized)
 
 
 @app.command()
@@ -304,3 +311,52 @@ def clear(
     return stored.clear(
         key_prefix=key, engine=engine, device=device, other_environments=other_environments, dry_run=dry_run
     )
+
+
+errata = typer.Typer(help="Look after what was learned: configurations that failed here.", no_args_is_help=True)
+app.add_typer(errata, name="errata")
+
+
+@errata.command("list")
+@command
+def errata_list(as_json: AsJson = False) -> Result:
+    """Show the learned errata: what failed, how, for which problems, and where that counts."""
+    from convplan.cli import errata
+
+    return errata.list_errata()
+
+
+@errata.command("export")
+@command
+def errata_export(
+    file: Annotated[Path, typer.Argument(dir_okay=False, metavar="FILE")], as_json: AsJson = False
+) -> Result:
+    """Write the learned errata to a JSON file."""
+    from convplan.cli import errata
+
+    return errata.export(file)
+
+
+@errata.command("import")
+@command
+def errata_import(file: InputFile, dry_run: DryRun = False, as_json: AsJson = False) -> Result:
+    """Take the learned errata of a JSON file into the store."""
+    from convplan.cli import errata
+
+    return errata.import_(file, dry_run=dry_run)
+
+
+@errata.command("clear")
+@command
+def errata_clear(
+    key: Annotated[str, typer.Argument(metavar="[KEY]", help="An erratum's id, or how it begins. Default: all.")] = "",
+    dry_run: DryRun = False,
+    yes: Annotated[bool, typer.Option("--yes", help="Really forget.")] = False,
+    as_json: AsJson = False,
+) -> Result:
+    """Forget one learned erratum, or every one: its configuration is tried again."""
+    from convplan.cli import errata
+
+    if dry_run == yes:
+        raise typer.BadParameter("expected either --dry-run, to look first, or --yes, to forget")
+    return errata.clear(key, dry_run=dry_run)
