@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
 
-from convplan._environment import Environment
+from convplan._environment import Environment, ahead_of_time
 from convplan._errors import ConvPlanWarning, SpecError, StoreBusy, StoreError
 from convplan._key import choice_key, plan_key
 from convplan._plan import Evidence, PlanRecord
@@ -241,7 +241,7 @@ class PlanStore:
 
         Args:
             choice: from `choice_key(problem, policy)`.
-            environment: the one that is left out.
+            environment: the one that is left out, and with it what was built ahead of time for it.
         """
         database = self._db()
         from convplan import _database as db
@@ -249,7 +249,8 @@ class PlanStore:
         with database.session() as connection:
             found = connection.execute(db.environments_of, {"choice": choice}).scalars().all()
         others = (_read_environment(text) for text in found)
-        return [other for other in others if other is not None and other != environment]
+        here = (environment, ahead_of_time(environment))
+        return [other for other in others if other is not None and other not in here]
 
     def put(self, record: PlanRecord, *, keep_equal: bool = False, dry_run: bool = False) -> Put:
         """Store a plan under its key.
@@ -441,13 +442,15 @@ def usable_trouble(record: PlanRecord, engines: Collection[str]) -> str:
 
 
 def current_environments() -> tuple[Environment, ...]:
-    """The environments of this process now: its CPU and each GPU that torch sees."""
+    """The environments of this process now: its CPU, each GPU that torch sees, and that of plans built ahead for it."""
     import torch
 
     from convplan import _environment
 
     gpus = range(torch.cuda.device_count() if torch.cuda.is_available() else 0)
-    return (_environment.current("cpu"), *(_environment.current("cuda", index) for index in gpus))
+    found = [_environment.current("cuda", index) for index in gpus]
+    ahead = (_environment.ahead_of_time(one) for one in found)
+    return (_environment.current("cpu"), *found, *(one for one in ahead if one is not None))
 
 
 def registered_engines() -> tuple[str, ...]:
@@ -620,7 +623,7 @@ class ForgivingStore:
         try:
             store = self._opened()
             record = store.get(key)
-            if record is None and kept is None and "elsewhere" not in self._warned:
+            if record is None and kept is None and not environment.is_ahead and "elsewhere" not in self._warned:
                 self._report_elsewhere(store, choice_key(problem, policy), environment)
         except StoreError as exc:
             self._trouble("read", exc)

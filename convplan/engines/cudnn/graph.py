@@ -146,7 +146,7 @@ def dense_strides_of(problem: Problem) -> Strides:
 
 
 class Window(NamedTuple):
-    """A convolution's window as cuDNN takes it: padding before and after, stride, dilation, two or three numbers each."""
+    """A window as cuDNN takes it: padding before and after, stride and dilation, two or three numbers each."""
 
     before: tuple[int, ...]
     after: tuple[int, ...]
