@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 # Which slot of a machine a GPU sits in, and how fast it is clocked, makes no other GPU of it.
 _PLACES = ("pciDeviceId", "cudaDeviceId", "smClockRateKHz", "memClockRateKHz", "totalGlobalMem", "driverVer")
 _KNOB_PREFIX = "CUDNN_KNOB_TYPE_"
-_ADDRESS_BYTES = 8
+_WRITTEN_BYTES = {"pointer": 8, "workspace": 8, "tma_desc": 128}  # into a kernel's parameters, at a run
 _IDENTIFIERS = tuple(UIDS[letter] for letter in "xwy")
 _ELF = b"\x7fELF"
 
@@ -50,17 +50,21 @@ _NODES: dict[str, tuple[str, str, tuple[str, str, str]]] = {
     "dgrad": ("CONV_BWD_DATA", "BACKWARD_DATA", ("dX", "W", "dY")),
     "wgrad": ("CONV_BWD_FILTER", "BACKWARD_FILTER", ("X", "dW", "dY")),
 }
+_FP8_GRAPH = "GENERIC_CONV_FUSION"  # what graphs of fp8 are called instead, of whichever operation
 
 Number = Annotated[int, msgspec.Meta(ge=-(2**31), lt=2**31)]
 Name = Annotated[str, msgspec.Meta(max_length=1024)]
 
 
 class _Offset(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True):
-    """A place in a kernel's parameters; with `uid`, one into which cuDNN writes that tensor's address."""
+    """A place in a kernel's parameters; with `update_as`, one into which cuDNN writes an address when the plan runs.
+
+    `uid` is the tensor's for a `pointer`, and 0 for the others.
+    """
 
     value: Number
     uid: Number | None = None
-    update_as: Literal["pointer"] | None = None
+    update_as: Literal["pointer", "workspace", "tma_desc"] | None = None
 
 
 class _Parameters(msgspec.Struct, forbid_unknown_fields=True, rename="camel"):
@@ -167,7 +171,7 @@ def _smallest_plan(target: Target) -> bytes:
 
 def graph_json(problem: Problem) -> dict[str, Any]:
     """A problem's operation graph as cuDNN writes it into the plans for it, keys in the same order."""
-    mode, operation, ends = _NODES[problem.op]
+    usual_mode, operation, ends = _NODES[problem.op]
     window = window_of(problem)
     padding = (
         {"pad": window.before}
@@ -187,6 +191,7 @@ def graph_json(problem: Problem) -> dict[str, Any]:
     }
     if problem.groups > 1:
         node["groupCount"] = problem.groups
+    mode = _FP8_GRAPH if problem.dtype.startswith("float8") else usual_mode
     return {"finalizeMode": mode, "tensors": [_tensor_json(problem, letter) for letter in "wxy"], "nodes": [node]}
 
 
@@ -298,11 +303,14 @@ def _vet_kernel(kernel: _Kernel) -> None:
         return
     room = len(_bytes_of(kernel.kernel_params.raw_data, "rawData"))
     for offset in kernel.kernel_params.offsets:
-        writes = offset.uid is not None or offset.update_as is not None
-        if not 0 <= offset.value <= room - (_ADDRESS_BYTES if writes else 0):
+        kind = offset.update_as
+        if not 0 <= offset.value <= room - (0 if kind is None else _WRITTEN_BYTES[kind]):
             raise ValueError(f"the serialized plan has an offset of {offset.value} into {room} bytes of parameters")
-        if writes and (offset.uid not in _IDENTIFIERS or offset.update_as is None):
-            raise ValueError(f"the serialized plan wants the address of tensor {offset.uid}, which there is none of")
+        expected = {None: (None,), "pointer": _IDENTIFIERS}.get(kind, (0,))
+        if offset.uid not in expected:
+            raise ValueError(
+                f"the serialized plan wants the address of tensor {offset.uid}, expected one of {expected}"
+            )
 
 
 def _bytes_of(text: str, what: str) -> bytes:
