@@ -29,6 +29,7 @@ from convplan._store import PlanStore
 from convplan.engines.base import EngineConfig
 from convplan.engines.cudnn.device import WRITE_AGAIN, Device
 from convplan.engines.cudnn.engine import CudnnEngine
+from convplan.engines.cudnn.errata import Errata
 from convplan.engines.cudnn.target import Target
 
 LEADING = 3  # plans that are built for a problem: the one that runs, and those that take over when it fails
@@ -58,9 +59,11 @@ class AheadBuilder:
     Raises:
         SpecError: the properties are of another cuDNN version, or do not say how many multiprocessors there are.
         EngineUnavailable: cuDNN is missing, or what stands in for the driver cannot be made.
+        ErrataError: the user's own file of errata is malformed.
     """
 
     def __init__(self, device: Device) -> None:
+        Errata.load()  # a malformed file is everybody's error, and not each problem's
         target = Target.absent(device)
         if device.multiprocessors is None:
             raise SpecError(
@@ -152,7 +155,7 @@ def build_ahead(
 
     Raises:
         NoPlan: for the first problem that has none.
-        SpecError, EngineUnavailable: see `AheadBuilder`.
+        SpecError, EngineUnavailable, ErrataError: see `AheadBuilder`.
     """
     builder = AheadBuilder(device)
     return [builder.build(problem, policy, leading=leading) for problem in problems]

@@ -59,6 +59,7 @@ def build(problems: Sequence[NamedProblem], policy: Policy, *, properties: Path,
     Raises:
         EngineUnavailable: no cuDNN, or nothing to build with.
         SpecError: the description is malformed, or of another cuDNN version.
+        ErrataError: the user's own file of errata is malformed.
         StoreError: the file cannot be written; found out before anything is built.
     """
     from convplan._ahead import AheadBuilder, check_writable, write_ahead
