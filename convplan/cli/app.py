@@ -218,6 +218,37 @@ def configs(
     return gpus.configs(read_problems(problems), policy, properties=device)
 
 
+@app.command()
+@command
+def build(
+    problems: Annotated[Path, ProblemFileOption],
+    device: Annotated[
+        Path,
+        typer.Option(
+            exists=True,
+            dir_okay=False,
+            readable=True,
+            metavar="FILE.json",
+            help="The GPU, as `doctor --device-properties` describes it.",
+        ),
+    ],
+    out: Annotated[Path, typer.Option(metavar="FILE", help="Write the plans here, for `convplan import`.")],
+    leading: Annotated[int, typer.Option(min=1, metavar="N", help="How many plans to build for each problem.")] = 3,
+    deterministic: Deterministic = None,
+    workspace_limit: WorkspaceLimit = None,
+    as_json: AsJson = False,
+) -> Result:
+    """Build the plans that cuDNN proposes first for each problem of a file, for a GPU that need not be here."""
+    from convplan._problem_files import read_problems
+    from convplan.cli import ahead
+    from convplan.cli.arguments import make_policy
+
+    policy = make_policy(
+        deterministic=deterministic, engines=None, budget_s=None, workspace_limit_bytes=workspace_limit
+    )
+    return ahead.build(read_problems(problems), policy, properties=device, out=out, leading=leading)
+
+
 @app.command("list")
 @command
 def list_(key: KeyPrefix = "", engine: EngineName = None, device: DeviceName = None, as_json: AsJson = False) -> Result:
