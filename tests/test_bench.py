@@ -9,6 +9,7 @@ import gc
 import json
 import math
 from collections.abc import Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import msgspec
@@ -17,7 +18,7 @@ import torch
 from helpers.fresh import fresh_process
 
 import convplan
-from convplan import _bench
+from convplan import _bench, _bench_calls
 from convplan._bench import BenchReport, Comparison, Timing, bench_report, compare, compare_record, geometric_mean
 from convplan._problem_files import NamedProblem, parse_problems
 
@@ -73,14 +74,14 @@ def named(**changes: Any) -> NamedProblem:
 def test_both_sides_compute_the_same(case: str, op: str) -> None:
     problem = named(op=op, **CASES[case])
     with torch.no_grad():
-        stock, ours, record = _bench._contenders(problem, POLICY)
+        stock, ours, record = _bench_calls.contenders(problem, POLICY)
         expected = stock.call()
         with ours.active():
             found = ours.call()
         assert record is not None
         if case != "unaligned":  # what torch allocates for the result is aligned, whatever the file says of it
             assert record.problem == problem.problem, "a plan made from the file is the one that the call finds"
-        assert _bench._runs_a_ready_plan(ours)
+        assert _bench_calls.runs_a_ready_plan(ours)
     assert isinstance(expected, torch.Tensor)
     assert isinstance(found, torch.Tensor)
     assert tuple(found.shape) == problem.problem.output.dims
@@ -90,7 +91,7 @@ def test_both_sides_compute_the_same(case: str, op: str) -> None:
 @pytest.mark.parametrize("transposed", [False, True])
 def test_a_bias_is_added_on_both_sides(transposed: bool) -> None:
     with torch.no_grad():
-        stock, ours, record = _bench._contenders(named(bias=True, transposed=transposed), POLICY)
+        stock, ours, record = _bench_calls.contenders(named(bias=True, transposed=transposed), POLICY)
         with ours.active():
             torch.testing.assert_close(ours.call(), stock.call())
     assert record is not None
@@ -98,7 +99,7 @@ def test_a_bias_is_added_on_both_sides(transposed: bool) -> None:
 
 
 def test_stock_torch_is_called_as_its_user_would() -> None:
-    calls = {case: _bench._contenders(named(**CASES[case]), POLICY)[0].wording for case in CASES}
+    calls = {case: _bench_calls.contenders(named(**CASES[case]), POLICY)[0].wording for case in CASES}
     assert calls == {
         "plain": "F.conv2d",
         "channels-last": "F.conv2d",
@@ -143,12 +144,12 @@ def test_a_planned_record_can_be_compared() -> None:
 def test_each_round_samples_both_sides_with_the_collector_off(monkeypatch: pytest.MonkeyPatch) -> None:
     order: list[str] = []
 
-    def side(name: str) -> _bench._Side:
+    def side(name: str) -> _bench_calls.Side:
         def call() -> None:
             assert not gc.isenabled()
             order.append(name)
 
-        return _bench._Side(name, call, _bench.nullcontext)
+        return _bench_calls.Side(name, call, nullcontext)
 
     race = _bench._Race(side("stock"), side("ours"), "cpu", seed=0)
     race.run(seconds=0, rounds=8)
@@ -160,20 +161,16 @@ def test_each_round_samples_both_sides_with_the_collector_off(monkeypatch: pytes
     assert [len(timing.samples_us) for timing in race.timings()] == [8, 8]
 
 
-def comparison(name: str, ratio: float) -> Comparison:
-    return Comparison(
-        name=name,
-        model="",
-        suite="",
-        op="fprop",
-        problem="fprop float32",
-        key="",
-        chosen="",
-        from_plan=True,
-        stock=Timing("F.conv2d", 100 * ratio, 0.0, (100 * ratio,)),
-        convplan=Timing("F.conv2d", 100.0, 0.0, (100.0,)),
+def comparison(name: str, ratio: float, suite: str = "", **known: Any) -> Comparison:
+    ours = known.pop("ours", [100.0, 100.0])
+    stock = known.pop("stock", [100 * ratio] * len(ours))
+    return _bench.comparison(
+        named(name=name, suite=suite),
+        Timing.of("F.conv2d", stock),
+        Timing.of("F.conv2d", ours),
         repeats=1,
-        ratio=ratio,
+        problem="fprop float32",
+        **{"from_plan": True, **known},
     )
 
 
