@@ -275,6 +275,7 @@ class _CpuTimer:
 
     def warm_up(self) -> float:
         """Microseconds of one unit, once what is done only once is done."""
+        self._call()  # it may search or compile
         self._unit_us = self._timed(1)
         if self._unit_us < SLOW_US:
             self._unit_us = min(self._timed(1), self._timed(2))
@@ -321,6 +322,7 @@ class _GpuTimer:
 
         from convplan._measure_cuda import GraphTimer
 
+        self._call()  # it may search or compile
         first_us = self._once_us()
         if first_us < SLOW_US:
             first_us = min(self._once_us() for _ in range(3))

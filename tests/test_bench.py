@@ -175,13 +175,67 @@ def comparison(name: str, ratio: float, suite: str = "", **known: Any) -> Compar
 
 
 def test_the_report_names_losses_and_the_machine_and_reads_back() -> None:
-    report = bench_report([comparison("a", 2.0), comparison("b", 0.5), comparison("c", 0.97)], POLICY)
+    report = bench_report([comparison("a", 2.0), comparison("b", 0.5), comparison("c", 0.98)], POLICY)
     assert report.losses == ("b",)
-    assert report.geometric_mean == pytest.approx(0.97 ** (1 / 3))
+    assert report.geometric_mean == pytest.approx(0.98 ** (1 / 3))
     assert report.environments[0].startswith("cpu: ")
     assert f"torch {torch.__version__}" in report.environments[0]
     assert "aten" in report.policy
     assert msgspec.json.decode(msgspec.json.encode(report), type=BenchReport) == report
+
+
+def test_totals_are_those_of_each_suite_and_of_all() -> None:
+    compiled = Timing.of("torch.compile", [200.0])
+    report = bench_report(
+        [
+            comparison("a", 0.975, "dense"),
+            comparison("b", 4.0, "dense", compiled=compiled),
+            comparison("c", 0.5, "weak"),
+        ]
+    )
+    found = {one.suite: (one.problems, one.worst, one.below_0_98, one.below_0_97) for one in report.totals}
+    assert found == {"dense": (2, 0.975, 1, 0), "weak": (1, 0.5, 1, 1), "all": (3, 0.5, 2, 1)}
+    assert report.totals[0].geometric_mean == pytest.approx(math.sqrt(0.975 * 4))
+    assert [one.geometric_mean_compiled for one in report.totals] == [2.0, None, 2.0]
+
+
+NOISY = {"stock": [95.0, 70.0, 130.0, 95.0, 80.0], "ours": [100.0, 110.0, 90.0, 100.0, 100.0]}
+SLOWER = {"stock": [90.0, 91.0, 92.0, 90.0], "ours": [100.0, 101.0, 102.0, 100.0]}
+
+
+@pytest.mark.parametrize(
+    ("known", "reason"),
+    [
+        pytest.param({"stock": [101.0], "ours": [100.0]}, "", id="not-slower"),
+        pytest.param({**SLOWER, "from_plan": False}, "not run by a plan", id="no-plan"),
+        pytest.param({**SLOWER, "stock_as_is": True}, "same kernel on both sides", id="stock-as-is"),
+        pytest.param(NOISY, "spread larger than the difference", id="noise"),
+        pytest.param(SLOWER, "really slower", id="slower"),
+    ],
+)
+def test_a_loss_comes_with_its_reason(known: dict[str, Any], reason: str) -> None:
+    found = comparison("layer", 1.0, **known)
+    assert found.reason.startswith(reason) if reason else found.reason == ""
+
+
+def test_kernels_of_the_same_names_are_a_reason_and_others_are_not() -> None:
+    found = comparison("layer", 1.0, **SLOWER)
+
+    def with_kernels(stock: str, ours: str) -> str:
+        return msgspec.structs.replace(
+            found,
+            stock=msgspec.structs.replace(found.stock, kernels=(stock,)),
+            convplan=msgspec.structs.replace(found.convplan, kernels=(ours,)),
+        ).reason
+
+    assert with_kernels("gemm", "gemm") == "same kernel on both sides"
+    assert with_kernels("gemm", "fft") == "really slower"
+
+
+def test_ratios_of_neighbours_in_time_are_free_of_drift() -> None:
+    drifting = [100.0, 200.0, 400.0, 800.0, 1600.0]
+    found = comparison("layer", 1.0, stock=[1.5 * one for one in drifting], ours=drifting)
+    assert (found.paired_ratio, found.paired_spread) == (1.5, 0.0)
 
 
 def test_the_geometric_mean_of_a_factor_and_its_inverse_is_one() -> None:
