@@ -17,8 +17,10 @@ that is cut short has lost nothing. `--device cpu` runs everything small.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
+import signal
 import statistics
 import subprocess
 import sys
@@ -87,11 +89,16 @@ def in_its_own_process(options: argparse.Namespace, part: str) -> str:
         environ = {**os.environ, "CONVPLAN_CACHE_DIR": folder}
         environ.pop("CONVPLAN_STORE", None)
         command = [sys.executable, str(Path(__file__).resolve()), *sys.argv[1:], "--run-part", part]
+        process = subprocess.Popen(command, env=environ, start_new_session=True)
         try:
-            status = subprocess.run(command, env=environ, timeout=limit_s, check=False).returncode
+            status = process.wait(limit_s)
             ended = f"exit status {status}" if status else ""
         except subprocess.TimeoutExpired:
             ended = f"stopped after {limit_s:.0f} s"
+        finally:  # with everything that it started
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
     print(f"{part}: {time.perf_counter() - begin:.0f} s {ended}", flush=True)
     return ended
 
@@ -406,19 +413,22 @@ def p5_lines(raw: dict[str, Any]) -> list[str]:
     found = ["## First training step of a fresh process", ""]
     if not all(sides.values()):
         return [*found, "No run of both sides."]
-    names = ("imported_torch_s", "ready_s", "first_step_done_s", "second_step_s")
+    names = ("imported_torch_s", "ready_s", "first_step_s", "first_step_done_s", "second_step_s")
     middle = {side: {name: statistics.median(run[name] for run in of) for name in names} for side, of in sides.items()}
-    more_s = middle["replay"]["first_step_done_s"] - middle["stock"]["first_step_done_s"]
+    more_s = {name: middle["replay"][name] - middle["stock"][name] for name in names}
+    enabled_s = statistics.median(run["enabled_s"] for run in sides["replay"])
     last = sides["replay"][-1]["stats"]
     found += [
         f"{len(sides['stock'])} processes of each, alternating; seconds since the process's first line, medians. "
-        f"Replaying stored plans takes {more_s:+.2f} s against stock torch with benchmark off. "
+        f"Replaying stored plans takes {more_s['first_step_done_s']:+.2f} s against stock torch with benchmark off: "
+        f"importing and enabling convplan {enabled_s:.3f} s, the first step {more_s['first_step_s']:+.3f} s, the rest "
+        "is chance, since both do the same. "
         f"{raw['tuned']['problems']} problems were tuned before, in {raw['tuned']['seconds']:.0f} s.",
         "",
         f"Counters of the last replay: {', '.join(f'{name} {value}' for name, value in last.items())}.",
         "",
-        "| side | torch imported | model ready | first step done | second step |",
-        "|---|---|---|---|---|",
+        "| side | torch imported | model ready | first step alone | first step done | second step |",
+        "|---|---|---|---|---|---|",
     ]
     return found + [
         f"| {side} | {' | '.join(f'{values[name]:.3f}' for name in names)} |" for side, values in middle.items()

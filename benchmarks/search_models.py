@@ -108,13 +108,16 @@ def step(options: argparse.Namespace, side: str) -> dict[str, Any]:
     torch.backends.cudnn.benchmark = False
     found: dict[str, Any] = {"side": side, "imported_torch_s": time.perf_counter() - BEGIN}
     if side == "replay":
+        begin = time.perf_counter()
         import convplan
 
         convplan.enable(policy(options, mode="replay"))
+        found["enabled_s"] = time.perf_counter() - begin
     run = training_step(options.device)
     found["ready_s"] = time.perf_counter() - BEGIN
     found["loss"] = run()
     found["first_step_done_s"] = time.perf_counter() - BEGIN
+    found["first_step_s"] = found["first_step_done_s"] - found["ready_s"]
     begin = time.perf_counter()
     run()
     found["second_step_s"] = time.perf_counter() - begin
