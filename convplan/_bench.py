@@ -43,6 +43,7 @@ MAX_ROUNDS = 1_000
 MIN_SAMPLE_US = 15_000.0  # shorter calls are repeated inside one sample, so that what switching sides costs fades
 SETTLING_CALLS = 2  # untimed: switching sides empties caches, ours and the processor's
 MAX_REPEATS = 1_000
+RESOLUTION_US = 1e-3  # of the clocks; shorter times are taken for that
 REPORT_SCHEMA = 2
 HOST_CLOCK, GRAPH, EVENTS = "host clock", "CUDA graph", "events around launches"  # how a side can be timed
 
@@ -182,7 +183,7 @@ def comparison(
     named: NamedProblem, stock: Timing, ours: Timing, *, repeats: int, problem: str, from_plan: bool, **known: Any
 ) -> Comparison:
     """Both sides' timings of one problem, whose samples are of the same rounds, with their ratios."""
-    pairs = [one / other for one, other in zip(stock.samples_us, ours.samples_us, strict=True)]
+    pairs = [_ratio(one, other) for one, other in zip(stock.samples_us, ours.samples_us, strict=True)]
     return Comparison(
         name=named.name,
         model=named.model,
@@ -193,11 +194,16 @@ def comparison(
         stock=stock,
         convplan=ours,
         repeats=repeats,
-        ratio=stock.median_us / ours.median_us,
+        ratio=_ratio(stock.median_us, ours.median_us),
         paired_ratio=statistics.median(pairs),
         paired_spread=half_interquartile_range(pairs),
         **known,
     )
+
+
+def _ratio(stock_us: float, convplan_us: float) -> float:
+    """Above 1 convplan is faster. What an empty problem runs on a GPU can take no time at all."""
+    return max(stock_us, RESOLUTION_US) / max(convplan_us, RESOLUTION_US)
 
 
 def compare(
@@ -295,7 +301,9 @@ def bench_report(
 
 def _total(suite: str, comparisons: Sequence[Comparison]) -> Total:
     ratios = [one.ratio for one in comparisons]
-    compiled = [one.compiled.median_us / one.convplan.median_us for one in comparisons if one.compiled is not None]
+    compiled = [
+        _ratio(one.compiled.median_us, one.convplan.median_us) for one in comparisons if one.compiled is not None
+    ]
     return Total(
         suite=suite,
         problems=len(ratios),

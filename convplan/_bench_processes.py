@@ -247,8 +247,9 @@ class Bench:
             names = [self._ask(side, LookAtKernels(), Kernels, self.options.sample_s).names for side in sides]
         except SideFailed:
             return found
-        for side in sides:  # a process that was profiled may launch more slowly ever after
-            self._stop(side)
+        finally:
+            for side in sides:  # a process that was profiled may launch more slowly ever after
+                self._stop(side)
         stock, ours = (
             msgspec.structs.replace(timing, kernels=kernels)
             for timing, kernels in zip((found.stock, found.convplan), names, strict=True)
@@ -280,6 +281,9 @@ class Bench:
         except ChildDied as exc:
             self._stop(side)
             raise SideFailed(side, str(exc)) from exc
+        except msgspec.MsgspecError as exc:
+            self._stop(side)
+            raise SideFailed(side, f"answered what is no answer: {exc}") from exc
         if isinstance(answer, expected):
             return answer
         assert isinstance(answer, Failed), f"{side} answered {answer!r}"

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections.abc import Iterator
 from typing import Any
 
@@ -134,6 +135,12 @@ def test_a_third_side_is_compared_where_it_applies_and_never_costs_the_others() 
     assert [(one.name, one.side) for one in failures] == [("dies-compile", "compile")]
 
 
+def test_an_answer_that_is_none_costs_the_problem() -> None:
+    comparisons, failures = run_scripted([named("mumbles-stock"), named("after")])
+    assert [one is not None for one in comparisons] == [False, True]
+    assert "answered what is no answer" in failures[0].error
+
+
 def test_nothing_is_left_running() -> None:
     with Bench(QUICK, BenchOptions(rounds=1), module=SCRIPTED) as bench:
         bench.compare(named())
@@ -168,6 +175,18 @@ def test_a_side_makes_ready_and_gives_samples(side: Any) -> None:
     assert isinstance(sample, Sample)
     assert sample.us > 0
     assert program.answer(LookAtKernels()) == Kernels(()), "there is no GPU to ask"
+
+
+@pytest.mark.skipif(shutil.which("c++") is None, reason="torch.compile needs a C++ compiler on the CPU")
+def test_torch_compile_is_a_side() -> None:
+    program = Program("compile")
+    ready = program.answer(prepare(named(padding=[[0, 1], [1, 1]])))
+    assert isinstance(ready, Ready), ready
+    assert ready.call == "torch.compile(F.pad, F.conv2d)"
+    assert ready.unit_us < 1e6, "what compiling takes is no part of a call"
+    assert not ready.from_plan
+    assert isinstance(program.answer(Take(2)), Sample)
+    assert not any(convplan.stats().values())
 
 
 def test_stock_torch_is_never_run_by_convplan() -> None:

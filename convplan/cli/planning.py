@@ -192,15 +192,23 @@ def bench(problems: Sequence[NamedProblem], policy: Policy, options: BenchOption
     """Time each problem against stock torch, in stock torch's own words, each side in a process of its own."""
     from convplan._bench_processes import run_bench
 
+    if out is not None:
+        _write(out, b"")  # a file that cannot be written is better known before the run than after it
     with Progress("timing") as progress:
         report = run_bench(problems, policy, options, progress=progress.step)
     if out is not None:
-        try:
-            out.write_bytes(msgspec.json.format(msgspec.json.encode(report), indent=1) + b"\n")
-        except OSError as exc:
-            raise PlanFileError(path=str(out), reason=f"cannot be written: {exc.strerror or exc}") from exc
+        _write(out, msgspec.json.format(msgspec.json.encode(report), indent=1) + b"\n")
     broken = [one for one in report.failures if one.side != "compile"]
     return Result("\n".join(_bench_lines(report)), msgspec.structs.asdict(report), ok=not broken)
+
+
+def _write(file: Path, text: bytes) -> None:
+    """Write a whole file; nothing to write only looks whether that would work, and leaves what is there."""
+    try:
+        with file.open("wb" if text else "ab") as opened:
+            opened.write(text)
+    except OSError as exc:
+        raise PlanFileError(path=str(file), reason=f"cannot be written: {exc.strerror or exc}") from exc
 
 
 def _bench_lines(report: BenchReport) -> list[str]:

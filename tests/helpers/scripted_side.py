@@ -1,7 +1,7 @@
 """A side of a benchmark that follows a script: what a problem's name says is what happens, at times nobody measures.
 
 `dies-SIDE`, `hangs-SIDE`, `oom-SIDE`, `illegal-SIDE`: that happens to SIDE while it makes ready; `late-SIDE`: it dies
-while it is sampled. Every other problem takes 200 us in stock torch and 100 us in convplan.
+while it is sampled. `mumbles-SIDE`: its answers are cut off. Every other problem takes 200 us in stock torch and 100 us in convplan.
 """
 
 from __future__ import annotations
@@ -53,7 +53,8 @@ def main() -> None:
             return
         if isinstance(request, messages.Prepare):
             name = request.named.name
-        connection.send_bytes(msgspec.json.encode(answer(side, name, request)))
+        said = msgspec.json.encode(answer(side, name, request))
+        connection.send_bytes(said[:-3] if name == f"mumbles-{side}" else said)
 
 
 if __name__ == "__main__":
