@@ -26,7 +26,7 @@ from convplan._problem import Problem
 from convplan.engines.base import EngineConfig
 
 if TYPE_CHECKING:
-    from convplan._measure import Timer
+    from convplan._measure_cuda import GraphTimer
 
 Call = Callable[[], object]
 
@@ -198,7 +198,7 @@ def _calls(
 
 
 def _race(
-    calls: Mapping[EngineConfig, Call], timer: Timer, seconds: float, seed: int
+    calls: Mapping[EngineConfig, Call], timer: _HostTimer | GraphTimer, seconds: float, seed: int
 ) -> dict[EngineConfig, list[float]]:
     order, shuffle = list(calls), random.Random(seed).shuffle
     samples: dict[EngineConfig, list[float]] = {config: [] for config in order}
@@ -241,7 +241,7 @@ class _HostTimer:
         return (self.clock() - begin) / 1e3 / repeats
 
 
-def _timer(problem: Problem, clock: Clock) -> Timer:
+def _timer(problem: Problem, clock: Clock) -> _HostTimer | GraphTimer:
     if problem.device != "cuda":
         return _HostTimer(clock)
     import torch
