@@ -178,6 +178,7 @@ def test_a_side_makes_ready_and_gives_samples(side: Any) -> None:
 
 
 @pytest.mark.skipif(shutil.which("c++") is None, reason="torch.compile needs a C++ compiler on the CPU")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, when its compiler is imported
 def test_torch_compile_is_a_side() -> None:
     program = Program("compile")
     ready = program.answer(prepare(named(padding=[[0, 1], [1, 1]])))

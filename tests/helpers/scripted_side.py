@@ -1,7 +1,8 @@
 """A side of a benchmark that follows a script: what a problem's name says is what happens, at times nobody measures.
 
 `dies-SIDE`, `hangs-SIDE`, `oom-SIDE`, `illegal-SIDE`: that happens to SIDE while it makes ready; `late-SIDE`: it dies
-while it is sampled. `mumbles-SIDE`: its answers are cut off. Every other problem takes 200 us in stock torch and 100 us in convplan.
+while it is sampled. `mumbles-SIDE`: its answers are cut off. Every other problem takes 200 us in stock torch and
+100 us in convplan.
 """
 
 from __future__ import annotations
