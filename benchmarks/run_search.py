@@ -247,6 +247,7 @@ def p6(options: argparse.Namespace, stop: Stop) -> Found:
         compiled = sum("RUNTIME_COMPILATION" in one.notes.behavior for one in (*record.ranking, *record.rejected))
         return {
             "planning_s": record.planning_s,
+            "stages_s": dict(record.stages_s),
             "with_storing_s": time.perf_counter() - begin,
             "usable": len(record.ranking),
             "rejected": dict(Counter(one.rejected for one in record.rejected)),
