@@ -181,9 +181,9 @@ def table(found: dict[str, Any]) -> str:
     columns = ["model", "plans of", "error, warm", "error, cold", "bias, warm", "bias, cold"]
     columns += ["sum in the model us", "sum warm us", "sum cold us", "step ms"]
     lines = [
-        f"# The second-level cache while candidates are timed\n\n{found['gpu']}, torch {found['torch']}. For what tuning "
-        "foretold, warm and cold: `error` is the middle of |log(foretold / in the model)| over the model's convolutions, "
-        "`bias` the geometric mean of foretold / in the model. The sums are of all convolutions of a step.\n",
+        f"# The second-level cache while candidates are timed\n\n{found['gpu']}, torch {found['torch']}. For what "
+        "tuning foretold, warm and cold: `error` is the middle of |log(foretold / in the model)| over the model's "
+        "convolutions, `bias` the geometric mean of foretold / in the model. The sums are of a step's convolutions.\n",
         f"| {' | '.join(columns)} |",
         "|---|---|" + "---:|" * (len(columns) - 2),
     ]

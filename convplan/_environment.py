@@ -16,6 +16,7 @@ import msgspec
 from convplan._errors import SpecError
 
 PROBE_FAILED = "probe failed"  # never equal to an answer of a working probe
+SWITCHED_OFF = "off"
 _BUILT_AHEAD = ("built", "ahead of time")
 _AHEAD_LABELS = ("gpu", "capability", "multiprocessors", "cudnn")  # all that such plans depend on
 
@@ -52,6 +53,12 @@ class Environment(msgspec.Struct, frozen=True, forbid_unknown_fields=True, cache
     def key_items(self) -> tuple[tuple[str, object], ...]:
         """The device and every item: all of them tell environments apart."""
         return (("device", self.device), *self.items)
+
+    def differs_by_switches(self, other: Environment) -> bool:
+        """Whether a program comes from the one to the other by switching libraries off and on."""
+        mine, theirs = dict(self.key_items()), dict(other.key_items())
+        differ = [(mine.get(label), theirs.get(label)) for label in {*mine, *theirs}]
+        return all(SWITCHED_OFF in pair for pair in differ if pair[0] != pair[1])
 
     def differences(self, other: Environment) -> str:
         """The items that differ, as `threads 2 -> 4, torch 2.12 -> 2.13`; this environment first."""
@@ -138,7 +145,7 @@ def _cpu_environment(state: LiveState) -> Environment:
             ("capability", _guarded(torch.backends.cpu.get_cpu_capability)),
             ("threads", str(threads)),
             ("torch", str(torch.__version__)),
-            ("onednn", _onednn_version() if onednn else "off"),
+            ("onednn", _onednn_version() if onednn else SWITCHED_OFF),
             ("matmul_precision", matmul_precision),
             ("conv_precision", conv_precision),
         ),
@@ -158,7 +165,7 @@ def _cuda_environment(index: int, matmul_precision: str, cudnn: bool) -> Environ
             ("multiprocessors", str(properties.multi_processor_count)),
             ("torch", str(torch.__version__)),
             ("cuda", str(torch.version.cuda)),
-            ("cudnn", _guarded(lambda: str(torch.backends.cudnn.version())) if cudnn else "off"),
+            ("cudnn", _guarded(lambda: str(torch.backends.cudnn.version())) if cudnn else SWITCHED_OFF),
             ("matmul_precision", matmul_precision),
         ),
     )

@@ -327,7 +327,7 @@ class ForgivingStore:
 
     def _report_elsewhere(self, choice: str, environment: Environment) -> None:
         others = self._ask(lambda reader: reader.find_elsewhere(choice, environment))
-        if others:
+        if others and not any(other.differs_by_switches(environment) for other in others):
             changes = min((other.differences(environment) for other in others), key=lambda text: text.count(","))
             self._warn_once(
                 "elsewhere",

@@ -40,6 +40,9 @@ NEAR = 0.05  # share of the leader's time within which candidates reach the fina
 FINALISTS = 6
 LOAD_S = 0.25  # of running before the final counts
 FINAL_ROUNDS = 24
+FAR = 1.15  # times the leader after a few rounds: who is that far behind on a device that is timed precisely, stays so
+FEW_ROUNDS = 3
+PRECISE_TIE = 0.005  # as `TIE`, where samples scatter by less than that
 TIE = 0.01  # share of the best time within which candidates are equal, however precisely they were timed
 
 
@@ -61,11 +64,14 @@ class Measurement(NamedTuple):
     behind_us: float  # median of its differences from the leader inside each round; 0 for the leader
     behind_error_us: float  # standard error of that median
     in_final: bool = False  # timed in the final, under load; its time is not to be compared with that of others
+    precise: bool = False  # by a device's own clock
 
     def ties_with_leader(self, leader_us: float) -> bool:
         """Not surely slower than the leader, or by less than is worth telling apart."""
         if math.isinf(self.behind_us):  # they never met in one round
             return False
+        if self.precise:
+            return self.behind_us <= PRECISE_TIE * leader_us
         return self.behind_us <= max(SURE * self.behind_error_us, TIE * leader_us)
 
 
@@ -174,6 +180,8 @@ class _Race:
                 break
             if round_number == 0:
                 running = self._cut_off_again(running)
+            elif self._timer.drifts and round_number + 1 == FEW_ROUNDS:
+                running = self._drop_the_far(running)
             elif round_number + 1 >= MIN_ROUNDS:
                 running = self._drop_the_beaten(running)
             if len(running) <= 1 and round_number + 1 >= MIN_ROUNDS:
@@ -268,6 +276,11 @@ class _Race:
                 self._slower.append(Slower(contestant.config, reason))
         return kept
 
+    def _drop_the_far(self, running: list[Contestant]) -> list[Contestant]:
+        """Those far behind rest early, so that the rounds to come are short."""
+        _, leader_us = self._leader()
+        return [c for c in running if min(self._samples[c.config].values()) <= FAR * leader_us]
+
     def _drop_the_beaten(self, running: list[Contestant]) -> list[Contestant]:
         """Those surely slower than the leader by more than a tie rest; what they ran so far is kept."""
         leader, leader_us = self._leader()
@@ -306,6 +319,7 @@ class _Race:
             behind_us=statistics.median(behind) if behind else math.inf,
             behind_error_us=error,
             in_final=config in self._finalists,
+            precise=self._timer.drifts,
         )
 
     def _ranked(self) -> list[Measurement]:

@@ -46,6 +46,7 @@ BUILDERS = 4  # threads
 COMPILED = "RUNTIME_COMPILATION"
 ALWAYS_DROPPED_NOTES = ("DOWN_CONVERT_INPUTS",)  # B9: unless the policy lets them through by name
 FEWER_OPERATIONS = 20  # a method with that many times fewer operations goes first when nothing is timed
+INEXACT = "not exact on small integers: its arithmetic is that of a transform, which its engine does not note"
 FIRST_RUN_CUTOFF = 4 * CUTOFF  # the first call may hold one-time work; beyond this it is hopeless all the same
 FIRST_RUN_GRACE_US = 20_000.0  # and below this, one-time work can be all of it
 _LATER = {FALLBACK: 1, LAST_RESORT: 2}
@@ -65,6 +66,10 @@ class _Live(msgspec.Struct):
     verified: str = "no"
     remark: str = ""
     pending: Future[str] | None = None  # being built elsewhere; why it cannot be, empty once it is
+
+    def add(self, remark: str) -> None:
+        """One more remark."""
+        self.remark = ", ".join(filter(None, (self.remark, remark)))
 
     def evidence(self, rejected: str = "", reason: str = "", measured: Measurement | None = None) -> Evidence:
         workspace = self.candidate.workspace_bytes if self.built is None else self.built.workspace_bytes
@@ -436,8 +441,8 @@ def _verify(
             return "measure", f"cut off: first run {item.first_us:.0f} us, best so far {best_us:.0f} us"
         item.error = round(verifier.check(config, notes, out), 6)
         item.verified = verifier.scope
-        if notes.direct:
-            verifier.check_exactly(config, run_again)
+        if notes.direct and not verifier.check_exactly(config, run_again):
+            item.remark = INEXACT
     except Exception as exc:  # an engine's failure costs its candidate, never the planning
         return "verify" if isinstance(exc, WrongResult) else "run", _reason(exc)
     return "", ""
@@ -508,10 +513,10 @@ def measure_candidates(
     )
     for config, call in calls.items():
         if timer is not None and timer.sampled(call) and not timer.is_captured(call):
-            timed[config].remark = "timed without a CUDA graph, into which it could not be captured"
+            timed[config].add("timed without a CUDA graph, into which it could not be captured")
     for measured in measurements:
         if measured.in_final:
-            timed[measured.config].remark = "timed in the final, under load"
+            timed[measured.config].add("timed in the final, under load")
     rejected += [timed[one.config].evidence("measure", one.reason) for one in slower]
     return [(timed[m.config], m) for m in measurements], rejected
 

@@ -10,7 +10,18 @@ from collections.abc import Callable, Sequence
 
 import pytest
 
-from convplan._measure import DRIFT, FINAL_FROM_US, LOAD_S, MOST_REPEATED, Contestant, Measurement, race
+from convplan._measure import (
+    DRIFT,
+    FAR,
+    FEW_ROUNDS,
+    FINAL_FROM_US,
+    LOAD_S,
+    MOST_REPEATED,
+    PRECISE_TIE,
+    Contestant,
+    Measurement,
+    race,
+)
 from convplan.engines.base import EngineConfig
 
 FOREVER_S = 1e6
@@ -106,6 +117,20 @@ def test_those_out_of_the_final_come_after_it_whatever_their_time_at_rest() -> N
     assert found["three"].median_us == 440.0
     assert not found["three"].in_final
     assert not found["three"].ties_with_leader(480.0)
+
+
+def test_those_far_behind_rest_after_a_few_rounds() -> None:
+    card = Card()
+    found = card.race(card.runner("one", 10.0), card.runner("near", 10.05), card.runner("far", 10.0 * FAR * 1.01))
+    assert len(found["far"].samples_us) == FEW_ROUNDS
+    assert len(found["near"].samples_us) > FEW_ROUNDS
+
+
+@pytest.mark.parametrize(("share", "tie"), [(0.9, True), (1.2, False)])
+def test_a_devices_own_clock_tells_smaller_differences_apart(share: float, tie: bool) -> None:
+    card = Card()
+    found = card.race(card.runner("one", 10.0), card.runner("two", 10.0 * (1 + share * PRECISE_TIE)))
+    assert found["two"].ties_with_leader(10.0) is tie
 
 
 def test_short_runs_have_no_final() -> None:

@@ -845,6 +845,13 @@ def test_another_environments_plans_are_not_used_and_reported_once(store: PlanSt
     assert_clean(store, rows=3)
 
 
+@pytest.mark.parametrize(("one", "other"), [("91900", "off"), ("off", "91900")])
+def test_a_library_that_the_program_switches_is_nothing_to_report(store: PlanStore, one: str, other: str) -> None:
+    here, there = (Environment("cpu", (("cpu", "test cpu"), ("cudnn", value))) for value in (one, other))
+    store.put(record(1, environment=there))
+    assert ForgivingStore(store).lookup(problem(1), POLICY, here) is None  # warnings are errors here
+
+
 def test_plans_in_memory_are_not_replaced_by_less_effort(path: Path) -> None:
     path.mkdir()
     forgiving = ForgivingStore(PlanStore(path))

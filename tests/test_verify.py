@@ -377,12 +377,20 @@ def summed_in_bfloat16(problem: Problem, inputs: Inputs) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("op", OPS)
-def test_off_by_a_rounding_passes_the_tolerance_and_fails_on_integers(op: Op) -> None:
+def test_off_by_one_on_integers_is_no_rounding(op: Op) -> None:
+    problem = case("2d-k3").problem(op, "float32")
+    plan = plan_of(problem, lambda inputs: right_output(problem, inputs) + 1)
+    with pytest.raises(WrongResult, match=r"small integers must come out exactly: output.* is .*, not"):
+        Verifier(problem, CPU).check_exactly(ONE, plan.unchecked_run)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_off_by_a_rounding_passes_the_tolerance_and_is_seen_on_integers(op: Op) -> None:
     problem = case("2d-k3").problem(op, "float32")
     verifier = Verifier(problem, CPU)
     assert verifier.check(ONE, DIRECT, one_ulp_off(problem, verifier.random)) <= 1
-    with pytest.raises(WrongResult, match=r"small integers must come out exactly: output.* is .*, not"):
-        verify_plan(plan_of(problem, lambda inputs: one_ulp_off(problem, inputs)))
+    run = plan_of(problem, lambda inputs: one_ulp_off(problem, inputs)).unchecked_run
+    assert verifier.check_exactly(ONE, run) is False
     error, scope = verify_plan(plan_of(problem, lambda inputs: one_ulp_off(problem, inputs)), FFT)
     assert error <= 1
     assert scope == "full"
@@ -395,7 +403,8 @@ def test_sums_in_a_narrower_type_fail_on_integers() -> None:
         verifier.check_exactly(
             ONE, lambda first, second, bias, out: summed_in_bfloat16(problem, Inputs(first, second, bias))
         )
-    verifier.check_exactly(ONE, lambda first, second, bias, out: right_output(problem, Inputs(first, second, bias)))
+    run = plan_of(problem, lambda inputs: right_output(problem, inputs)).unchecked_run
+    assert verifier.check_exactly(ONE, run) is True
 
 
 @every_pair
