@@ -462,8 +462,7 @@ def test_what_planning_learned_is_not_run_again(mine: FakeEngine) -> None:
         (learned,) = store.errata()
     assert (learned.config, learned.kind, learned.seen) == (bad.config, "wrong", 1)
     _runtime.forget()  # as in another process
-    sized = msgspec.structs.replace(PROBLEM, x=PROBLEM.x)
-    again, planned = _runtime.adopt(sized, MINE, force=True)
+    again, planned = _runtime.adopt(PROBLEM, MINE, force=True)
     assert planned
     (dropped,) = again.rejected
     assert (dropped.config, dropped.rejected) == (bad.config, "filter")
