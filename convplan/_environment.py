@@ -16,6 +16,8 @@ import msgspec
 from convplan._errors import SpecError
 
 PROBE_FAILED = "probe failed"  # never equal to an answer of a working probe
+_BUILT_AHEAD = ("built", "ahead of time")
+_AHEAD_LABELS = ("gpu", "capability", "multiprocessors", "cudnn")  # all that such plans depend on
 
 
 class Environment(msgspec.Struct, frozen=True, forbid_unknown_fields=True, cache_hash=True):
@@ -28,6 +30,24 @@ class Environment(msgspec.Struct, frozen=True, forbid_unknown_fields=True, cache
 
     device: str
     items: tuple[tuple[str, str], ...]
+
+    @classmethod
+    def ahead_of(cls, *, gpu: str, capability: str, multiprocessors: int, cudnn: int) -> Environment:
+        """Where plans belong that were built ahead of time, on a machine that does not know the rest.
+
+        Args:
+            gpu: the device's name, such as `NVIDIA H200`.
+            capability: such as `9.0`.
+            multiprocessors: how many the GPU has.
+            cudnn: version of the library that built them, such as 91900.
+        """
+        values = (gpu, capability, str(multiprocessors), str(cudnn))
+        return cls("cuda", (_BUILT_AHEAD, *zip(_AHEAD_LABELS, values, strict=True)))
+
+    @property
+    def is_ahead(self) -> bool:
+        """Whether plans that belong here were built ahead of time, and timed nowhere."""
+        return _BUILT_AHEAD in self.items
 
     def key_items(self) -> tuple[tuple[str, object], ...]:
         """The device and every item: all of them tell environments apart."""
@@ -89,8 +109,21 @@ def current(device: str, index: int | None = None) -> Environment:
                 "where they run. `convplan configs --device` lists what there is for a GPU that is elsewhere"
             )
         place = torch.cuda.current_device() if index is None else index
-        return _cuda_environment(place, torch.get_float32_matmul_precision())
+        return _cuda_environment(place, torch.get_float32_matmul_precision(), bool(torch.backends.cudnn.enabled))
     return Environment(device, (("torch", str(torch.__version__)),))
+
+
+@functools.lru_cache(maxsize=64)
+def ahead_of_time(environment: Environment) -> Environment | None:
+    """Where plans belong that were built elsewhere ahead of time, for the GPU and the cuDNN of a live environment.
+
+    None for what is no GPU, and where the GPU or cuDNN could not be asked.
+    """
+    found = dict(environment.items)
+    values = [found.get(label, PROBE_FAILED) for label in _AHEAD_LABELS]
+    if environment.device != "cuda" or environment.is_ahead or PROBE_FAILED in values:
+        return None
+    return Environment("cuda", (_BUILT_AHEAD, *zip(_AHEAD_LABELS, values, strict=True)))
 
 
 @functools.lru_cache(maxsize=64)
@@ -113,7 +146,7 @@ def _cpu_environment(state: LiveState) -> Environment:
 
 
 @functools.lru_cache(maxsize=64)
-def _cuda_environment(index: int, matmul_precision: str) -> Environment:
+def _cuda_environment(index: int, matmul_precision: str, cudnn: bool) -> Environment:
     import torch
 
     properties = torch.cuda.get_device_properties(index)
@@ -125,7 +158,7 @@ def _cuda_environment(index: int, matmul_precision: str) -> Environment:
             ("multiprocessors", str(properties.multi_processor_count)),
             ("torch", str(torch.__version__)),
             ("cuda", str(torch.version.cuda)),
-            ("cudnn", _guarded(lambda: str(torch.backends.cudnn.version()))),
+            ("cudnn", _guarded(lambda: str(torch.backends.cudnn.version())) if cudnn else "off"),
             ("matmul_precision", matmul_precision),
         ),
     )

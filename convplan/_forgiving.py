@@ -143,7 +143,7 @@ class ForgivingStore:
             record = self._from_snapshot(key, environment)
             if record is None or not satisfies(record.effort, policy.effort):
                 record = self._checked(self._ask(lambda reader: reader.raw_row(key)))
-            if record is None and kept is None and "elsewhere" not in self._warned:
+            if record is None and kept is None and not environment.is_ahead and "elsewhere" not in self._warned:
                 self._report_elsewhere(choice_key(problem, policy), environment)
         except StoreError as exc:
             self._trouble("read", exc)

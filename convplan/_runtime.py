@@ -362,6 +362,8 @@ def _first_sight(
     choice: _Choice, problem: Problem, policy: Policy, environment: _environment.Environment
 ) -> PlanRecord:
     stored = _stored(problem, policy, environment)
+    if stored is None and not (_refuses_untuned(policy) or _is_due(choice, policy)):
+        stored = _built_ahead(problem, policy, environment)
     if stored is not None:
         return stored
     if policy.mode == "replay" and policy.replay_miss == "error":
@@ -386,6 +388,12 @@ def _stored(problem: Problem, policy: Policy, environment: _environment.Environm
         return None
     counts.add("from_store")
     return found
+
+
+def _built_ahead(problem: Problem, policy: Policy, environment: _environment.Environment) -> PlanRecord | None:
+    """The store's record that was built for this GPU on a machine without one; it is untuned, as instant ones are."""
+    ahead = _environment.ahead_of_time(environment)
+    return None if ahead is None else _stored(problem, policy.replace(effort="instant"), ahead)
 
 
 def _tune(choice: _Choice, problem: Problem, policy: Policy, environment: _environment.Environment) -> PlanRecord:
@@ -457,6 +465,8 @@ def adopt(problem: Problem, policy: Policy, *, force: bool = False) -> tuple[Pla
     with choice.lock:
         if not _suffices(choice.record, resolved):
             choice.record = _stored(problem, resolved, environment) or choice.record
+        if choice.record is None and resolved.effort == "instant":
+            choice.record = _built_ahead(problem, resolved, environment)
         if choice.record is not None and _suffices(choice.record, resolved) and (replay or not force):
             return choice.record, False
         if replay:

@@ -16,7 +16,7 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
-from convplan._environment import Environment
+from convplan._environment import Environment, ahead_of_time
 from convplan._errors import StoreError
 from convplan._forgiving import MOST_BYTES, MOST_ROWS, Odd, Snapshot
 from convplan._learned import MAX_ERRATA, RawErratum
@@ -93,7 +93,8 @@ class QuickReader:
                 "SELECT DISTINCT environment FROM convplan_plans WHERE choice_key = ?", (choice,)
             ).fetchall()
         others = (read_environment(row[0]) for row in found)
-        return [other for other in others if other is not None and other != environment]
+        here = (environment, ahead_of_time(environment))
+        return [other for other in others if other is not None and other not in here]
 
     def close(self) -> None:
         """Close the file; the next call opens it again."""

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Literal
 
 import msgspec
 
-from convplan._environment import Environment
+from convplan._environment import Environment, ahead_of_time
 from convplan._errors import StoreBusy, StoreError
 from convplan._forgiving import MOST_BYTES, MOST_ROWS, RETRY_AFTER_S, ForgivingStore, Snapshot
 from convplan._plan import PlanRecord
@@ -244,7 +244,7 @@ class PlanStore(PartsTable, ErrataTable):
 
         Args:
             choice: from `choice_key(problem, policy)`.
-            environment: the one that is left out.
+            environment: the one that is left out, and with it what was built ahead of time for it.
         """
         database = self._db()
         from convplan import _database as db
@@ -252,7 +252,8 @@ class PlanStore(PartsTable, ErrataTable):
         with database.session() as connection:
             found = connection.execute(db.environments_of, {"choice": choice}).scalars().all()
         others = (read_environment(text) for text in found)
-        return [other for other in others if other is not None and other != environment]
+        here = (environment, ahead_of_time(environment))
+        return [other for other in others if other is not None and other not in here]
 
     def put(
         self,
@@ -469,13 +470,15 @@ def usable_trouble(record: PlanRecord, engines: Collection[str]) -> str:
 
 
 def current_environments() -> tuple[Environment, ...]:
-    """The environments of this process now: its CPU and each GPU that torch sees."""
+    """The environments of this process now: its CPU, each GPU that torch sees, and that of plans built ahead for it."""
     import torch
 
     from convplan import _environment
 
     gpus = range(torch.cuda.device_count() if torch.cuda.is_available() else 0)
-    return (_environment.current("cpu"), *(_environment.current("cuda", index) for index in gpus))
+    found = [_environment.current("cuda", index) for index in gpus]
+    ahead = (_environment.ahead_of_time(one) for one in found)
+    return (_environment.current("cpu"), *found, *(one for one in ahead if one is not None))
 
 
 def registered_engines() -> tuple[str, ...]:

@@ -155,30 +155,73 @@ def replay_check(
 @app.command()
 @command
 def bench(
-    problems: Annotated[Path, ProblemFileOption],
-    seconds: Annotated[float, typer.Option(min=0, help="Time both sides of a problem for this long.")] = 2.0,
+    suite: Annotated[
+        Path,
+        typer.Option(
+            "--suite",
+            "--problems",
+            exists=True,
+            dir_okay=False,
+            readable=True,
+            metavar="FILE.json",
+            help="A problem file.",
+        ),
+    ],
+    seconds: Annotated[float, typer.Option(min=0, help="Time the sides of a problem for this long.")] = 2.0,
     rounds: Annotated[
         int | None, typer.Option(min=1, help="Instead of --seconds: so many samples of each side.")
     ] = None,
     out: Annotated[Path | None, typer.Option(dir_okay=False, metavar="FILE", help="Write raw samples as JSON.")] = None,
+    compile_too: Annotated[
+        bool, typer.Option("--compile", help="Also time torch.compile, in a third process; forward problems only.")
+    ] = False,
+    regret: Annotated[
+        int, typer.Option(min=0, metavar="N", help="Tune each problem N times anew and tell how good the choices are.")
+    ] = 0,
+    effort: Annotated[
+        str, typer.Option(metavar="instant|measure|exhaustive", help="How much work goes into what is not stored.")
+    ] = "measure",
+    stock_benchmark: Annotated[
+        str, typer.Option(metavar="on|off", help="Stock torch's benchmark mode, on a GPU.")
+    ] = "on",
+    stock_benchmark_limit: Annotated[
+        int | None,
+        typer.Option(min=0, metavar="N", help="How many candidates that tries; 0: all. Default: as torch has it."),
+    ] = None,
     deterministic: Deterministic = None,
     engines: Engines = None,
     budget_s: BudgetSeconds = None,
     workspace_limit: WorkspaceLimit = None,
     as_json: AsJson = False,
 ) -> Result:
-    """Time each problem of a file against stock torch, in shuffled rounds, planning it first where needed."""
+    """Time each problem of a file against stock torch, each in a process of its own, planning it first where needed."""
+    from convplan._bench_processes import BenchOptions
+    from convplan._errors import PolicyError
     from convplan._problem_files import read_problems
     from convplan.cli import planning
     from convplan.cli.arguments import make_policy
 
+    if stock_benchmark not in ("on", "off"):
+        raise typer.BadParameter(f"--stock-benchmark is {stock_benchmark!r}, expected on or off")
     policy = make_policy(
         deterministic=deterministic,
         engines=engines,
         budget_s=budget_s,
         workspace_limit_bytes=workspace_limit,
     )
-    return planning.bench(read_problems(problems), policy, seconds=seconds, rounds=rounds, out=out)
+    try:
+        policy = policy.replace(effort=effort)
+    except PolicyError as exc:
+        raise typer.BadParameter(str(exc)) from exc
+    options = BenchOptions(
+        seconds=seconds,
+        rounds=rounds,
+        compile=compile_too,
+        regret=regret,
+        benchmark=stock_benchmark == "on",
+        benchmark_limit=stock_benchmark_limit,
+    )
+    return planning.bench(read_problems(suite), policy, options, out=out)
 
 
 @app.command()
@@ -218,6 +261,37 @@ def configs(
     return gpus.configs(read_problems(problems), policy, properties=device)
 
 
+@app.command()
+@command
+def build(
+    problems: Annotated[Path, ProblemFileOption],
+    device: Annotated[
+        Path,
+        typer.Option(
+            exists=True,
+            dir_okay=False,
+            readable=True,
+            metavar="FILE.json",
+            help="The GPU, as `doctor --device-properties` describes it.",
+        ),
+    ],
+    out: Annotated[Path, typer.Option(metavar="FILE", help="Write the plans here, for `convplan import`.")],
+    leading: Annotated[int, typer.Option(min=1, metavar="N", help="How many plans to build for each problem.")] = 3,
+    deterministic: Deterministic = None,
+    workspace_limit: WorkspaceLimit = None,
+    as_json: AsJson = False,
+) -> Result:
+    """Build the plans that cuDNN proposes first for each problem of a file, for a GPU that need not be here."""
+    from convplan._problem_files import read_problems
+    from convplan.cli import ahead
+    from convplan.cli.arguments import make_policy
+
+    policy = make_policy(
+        deterministic=deterministic, engines=None, budget_s=None, workspace_limit_bytes=workspace_limit
+    )
+    return ahead.build(read_problems(problems), policy, properties=device, out=out, leading=leading)
+
+
 @app.command("list")
 @command
 def list_(key: KeyPrefix = "", engine: EngineName = None, device: DeviceName = None, as_json: AsJson = False) -> Result:
@@ -230,12 +304,14 @@ def list_(key: KeyPrefix = "", engine: EngineName = None, device: DeviceName = N
 @app.command()
 @command
 def explain(
-    key: Annotated[str, typer.Argument(metavar="KEY", help="A plan's key, or how it begins.")], as_json: AsJson = False
+    key: Annotated[str, typer.Argument(metavar="KEY", help="A plan's key, or how it begins.")],
+    every_rejection: Annotated[bool, typer.Option("--all", help="List every rejected candidate.")] = False,
+    as_json: AsJson = False,
 ) -> Result:
-    """Show a stored plan with every candidate's time, or the reason why it was rejected."""
+    """Show a stored plan: its candidates' times, stock torch's, the hardware limit, and why others were rejected."""
     from convplan.cli import stored
 
-    return stored.explain(key)
+    return stored.explain(key, every_rejection=every_rejection)
 
 
 @app.command()

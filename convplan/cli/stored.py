@@ -14,7 +14,7 @@ from convplan._errors import ConvPlanError, StoreError, WrongResult
 from convplan._store import PlanStore, StoredRow, current_environments
 from convplan.cli.output import Progress, Result
 from convplan.cli.planning import KEY_SHOWN
-from convplan.report import human_us, table
+from convplan.report import group_rejected, human_us, stock_torch, table
 
 if TYPE_CHECKING:
     from convplan._environment import Environment
@@ -112,8 +112,8 @@ def _listed(row: StoredRow, here: tuple[Environment, ...] | None) -> Listed:
     )
 
 
-def explain(key: str) -> Result:
-    """The whole evidence of one stored plan."""
+def explain(key: str, *, every_rejection: bool) -> Result:
+    """The whole evidence of one stored plan, and what it is compared with."""
     with PlanStore.default() as store:
         found = list(store.rows(key_prefix=key.strip().lower()))
     if not found:
@@ -124,7 +124,15 @@ def explain(key: str) -> Result:
     row = found[0]
     if row.record is None:
         raise StoreError(path=store.location, reason=f"the plan {row.key} cannot be used: {row.trouble}")
-    return Result(row.record.explain(), {"key": row.key, "record": row.record})
+    record = row.record
+    data = {
+        "key": row.key,
+        "record": record,
+        "stock_torch": stock_torch(record),
+        "hardware_limit": None if record.limit is None else record.limit._asdict(),
+        "rejected": [group for group, _ in group_rejected(record.rejected)],
+    }
+    return Result(record.explain(every_rejection=every_rejection), data)
 
 
 def verify(*, key_prefix: str, engine: str | None, every_rank: bool) -> Result:

@@ -130,10 +130,14 @@ class Candidate(msgspec.Struct, frozen=True):
         config: identity.
         notes: numerical and behaviour notes.
         workspace_bytes: scratch memory it will need, None where only building tells.
-        flops: operations this method does, None where unknown. Lets candidates that cannot win be left unrun.
+        flops: operations this method does at least, None where unknown. Lets candidates that cannot win be left unrun,
+            on a GPU unless they carry TENSOR_CORE.
+        moved_bytes: bytes this method reads and writes for certain, None where unknown; for the same purpose.
         source: which list it comes from: `heuristic` or an engine's own name for it, `fallback` for what is tried after
             all of those, `last_resort` for what comes after everything.
         refused: why the engine itself says this configuration must not run, empty when it may.
+        stock: what torch runs exactly like this when convplan is not there, in words such as `convolution`, and with
+            the flags it then has; empty for what torch does not do by itself.
     """
 
     config: EngineConfig
@@ -142,6 +146,8 @@ class Candidate(msgspec.Struct, frozen=True):
     flops: float | None = None
     source: str = "heuristic"
     refused: str = ""
+    moved_bytes: int | None = None
+    stock: str = ""
 
 
 class Built(msgspec.Struct, frozen=True):

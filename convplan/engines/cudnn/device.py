@@ -82,6 +82,7 @@ class Device:
     Attributes:
         name: such as `NVIDIA H200`.
         compute_capability: such as `9.0`.
+        multiprocessors: how many it has; None where the properties do not say.
         cudnn_version: of the cuDNN that wrote the properties, such as 91900; None where the file does not say.
     """
 
@@ -91,6 +92,8 @@ class Device:
         self._properties = dict(properties)
         self.cudnn_version = cudnn_version
         self.name = str(properties["deviceName"])
+        multiprocessors = properties.get("multiProcessorCount")
+        self.multiprocessors = multiprocessors if isinstance(multiprocessors, int) else None
         number = int(str(properties["deviceVer"]))  # 900 is 9.0 and 1210 is 12.1
         self.compute_capability = f"{number // 100}.{number % 100 // 10}"
 

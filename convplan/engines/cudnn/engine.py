@@ -27,7 +27,8 @@ from convplan.engines.cudnn.descriptors import CudnnError
 from convplan.engines.cudnn.errata import Errata
 from convplan.engines.cudnn.graph import UIDS, dense, is_strided, needs_copy, operation_graph, refusal
 from convplan.engines.cudnn.library import clear_cuda_error
-from convplan.engines.cudnn.plans import ExecutionPlan, build_plan, restore_plan, vet_serialized
+from convplan.engines.cudnn.plans import ExecutionPlan, build_plan, restore_plan
+from convplan.engines.cudnn.serialized import pattern_of, vetted
 from convplan.engines.cudnn.target import Target, handle_of, present
 
 _SOURCES: dict[str, tuple[str, ...]] = {
@@ -82,6 +83,8 @@ class CudnnEngine:
             raise EngineUnavailable(
                 engine=self.name, needs="a GPU that torch can use (torch.cuda.is_available() is False)"
             )
+        if not torch.backends.cudnn.enabled:
+            raise EngineUnavailable(engine=self.name, needs="torch.backends.cudnn.enabled, which is False")
         return present(torch.cuda.current_device())
 
     def supports(self, problem: Problem) -> Support:
@@ -125,15 +128,19 @@ class CudnnEngine:
             EngineUnavailable: cuDNN is missing.
         """
         plans = _Plans(self, problem, config)
-        plan = plans.build(self._target())
-        form = _Form.of(problem, config)
-        run = _make_run(form, plans)
-        copies = sum(spec.nbytes for spec in form.copies if spec is not None)
-        return Built(
-            run=run,
-            workspace_bytes=plan.workspace_bytes + copies,
-            bind=functools.partial(_bound_run, form, plans, run),
-        )
+        return _built(problem, config, plans, plans.build(self._target()))
+
+    def restore(self, problem: Problem, config: EngineConfig, policy: Policy, serialized: bytes) -> Built:
+        """The same as `build`, from what `Built.serialize` gave, here or elsewhere, without compiling anything (C1).
+
+        It is for the current GPU; on another one of this machine it is built when it first runs there.
+
+        Raises:
+            PlanRejected: it is no plan for this problem, configuration, GPU and cuDNN, or cuDNN does not take it.
+            EngineUnavailable: cuDNN is missing.
+        """
+        plans = _Plans(self, problem, config)
+        return _built(problem, config, plans, plans.restore(self._target(), serialized))
 
     def build_execution_plan(self, problem: Problem, config: EngineConfig) -> ExecutionPlan:
         """The same as cuDNN's own plan, to be serialized or looked at."""
@@ -145,12 +152,7 @@ class CudnnEngine:
         Raises:
             PlanRejected: it is not, or cuDNN does not take it.
         """
-        target, plans = self._target(), _Plans(self, problem, config)
-        try:
-            vet_serialized(serialized, plans.any_serialized(target), config.knob("engine", -1))
-            return restore_plan(target, serialized, plans.uids)
-        except (CudnnError, ValueError) as exc:
-            raise plans.rejected(f"its serialized form: {exc}") from exc
+        return _Plans(self, problem, config).restore(self._target(), serialized)
 
 
 def _variants(problem: Problem) -> list[tuple[Problem, dict[str, int]]]:
@@ -181,7 +183,8 @@ def _candidate(
         config=config,
         notes=configuration.notes,
         workspace_bytes=None if workspace is None else workspace + extra,
-        flops=None,
+        # Engines may skip the zeros around an image, and then do little more than half in the smallest ones.
+        flops=problem.flops / 2 if configuration.notes.direct else None,
         source=configuration.source,
         refused=refused,
     )
@@ -199,33 +202,49 @@ class _Plans:
 
     def build(self, target: Target) -> ExecutionPlan:
         """Build for a target; kept where that is a GPU of this machine."""
-        knobs = dict(self._config.knobs)
-        knobs.pop("dense", None)
-        number = knobs.pop("engine", None)
-        if number is None:
-            raise self.rejected("the knob `engine`, cuDNN's index of an engine, is missing")
+        engine, knobs = self._chosen()
         try:
             graph = operation_graph(target, self._problem)
-            plan = build_plan(graph, target, number, knobs, self.uids)
+            plan = build_plan(graph, target, engine, knobs, self.uids)
         except (CudnnError, ValueError) as exc:
             clear_cuda_error(target.library)
             raise self.rejected(str(exc)) from exc
+        return self._kept(target, plan)
+
+    def restore(self, target: Target, serialized: bytes) -> ExecutionPlan:
+        """The plan for a target from its serialized form; kept as a built one is."""
+        engine, knobs = self._chosen()
+        try:
+            plan = restore_plan(target, vetted(serialized, self._problem, pattern_of(target), engine, knobs), self.uids)
+        except (CudnnError, ValueError) as exc:
+            clear_cuda_error(target.library)
+            raise self.rejected(f"its serialized form: {exc}") from exc
+        return self._kept(target, plan)
+
+    def _chosen(self) -> tuple[int, dict[str, int]]:
+        """cuDNN's index of the engine, and its knobs by name."""
+        knobs = dict(self._config.knobs)
+        knobs.pop("dense", None)
+        engine = knobs.pop("engine", None)
+        if engine is None:
+            raise self.rejected("the knob `engine`, cuDNN's index of an engine, is missing")
+        return engine, knobs
+
+    def _kept(self, target: Target, plan: ExecutionPlan) -> ExecutionPlan:
         if target.index is not None:
             self.by_index[target.index] = plan
         return plan
 
-    def any_serialized(self, target: Target) -> bytes:
-        """The JSON of some plan for the problem, whichever builds first without compiling anything."""
-        graph = operation_graph(target, self._problem)
-        for source in ("fallback", "mode_a"):
-            for found in heuristic_configurations(graph, target, source):
-                if COMPILED in found.notes.behavior:
-                    continue
-                try:
-                    return build_plan(graph, target, found.engine, dict(found.knobs), self.uids).serialize()
-                except CudnnError:
-                    continue
-        raise ValueError("no engine builds the problem without compiling, so there is nothing to compare it with")
+    def serialize(self, plan: ExecutionPlan) -> bytes:
+        """One of the plans as JSON.
+
+        Raises:
+            PlanRejected: cuDNN does not offer that for its engine.
+        """
+        try:
+            return plan.serialize()
+        except CudnnError as exc:
+            raise self.rejected(f"it cannot be serialized: {exc}") from exc
 
     def at(self, index: int) -> ExecutionPlan:
         """The plan for a GPU, which must be the current device."""
@@ -242,6 +261,19 @@ class _Plans:
     def rejected(self, reason: str) -> PlanRejected:
         """The error for this configuration."""
         return PlanRejected(engine=CudnnEngine.name, config=str(self._config), reason=reason)
+
+
+def _built(problem: Problem, config: EngineConfig, plans: _Plans, plan: ExecutionPlan) -> Built:
+    """What runs a plan that was built or restored."""
+    form = _Form.of(problem, config)
+    run = _make_run(form, plans)
+    copies = sum(spec.nbytes for spec in form.copies if spec is not None)
+    return Built(
+        run=run,
+        workspace_bytes=plan.workspace_bytes + copies,
+        bind=functools.partial(_bound_run, form, plans, run),
+        serialize=functools.partial(plans.serialize, plan),
+    )
 
 
 class _Form(NamedTuple):

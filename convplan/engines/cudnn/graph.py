@@ -8,7 +8,7 @@ Which configurations exist for a graph is in `configs`; how it runs, in
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import msgspec
 
@@ -107,25 +107,17 @@ def operation_graph(target: Target, problem: Problem) -> Descriptor:
     convolution = Descriptor(library, DescriptorType.CONVOLUTION)
     convolution.set(Attribute.CONVOLUTION_COMP_TYPE, DATA_TYPES[accumulate])
     convolution.set(Attribute.CONVOLUTION_CONV_MODE, ConvolutionMode.CROSS_CORRELATION)
-    # One spatial dimension is computed as two, the first of size 1 (B5).
-    unit = problem.spatial_rank == 1
-    convolution.set(Attribute.CONVOLUTION_SPATIAL_DIMS, 2 if unit else problem.spatial_rank)
-    before, after = zip(*problem.padding, strict=True)
-    for attribute, values, neutral in (
-        (Attribute.CONVOLUTION_PRE_PADDINGS, before, 0),
-        (Attribute.CONVOLUTION_POST_PADDINGS, after, 0),
-        (Attribute.CONVOLUTION_FILTER_STRIDES, problem.stride, 1),
-        (Attribute.CONVOLUTION_DILATIONS, problem.dilation, 1),
-    ):
-        convolution.set(attribute, (neutral, *values) if unit else values)
+    window = window_of(problem)
+    convolution.set(Attribute.CONVOLUTION_SPATIAL_DIMS, len(window.stride))
+    convolution.set(Attribute.CONVOLUTION_PRE_PADDINGS, window.before)
+    convolution.set(Attribute.CONVOLUTION_POST_PADDINGS, window.after)
+    convolution.set(Attribute.CONVOLUTION_FILTER_STRIDES, window.stride)
+    convolution.set(Attribute.CONVOLUTION_DILATIONS, window.dilation)
     convolution.finalize()
 
     kind, prefix, roles = _OPERATIONS[problem.op]
     operation = Descriptor(library, kind)
-    # Where sizes of 1 leave a layout open, as in a depthwise filter, the other tensors' layout is meant: engines that
-    # want channels last look at the strides (B2).
-    layouts = {spec.layout for spec in (problem.x, problem.w, problem.y)}
-    dense_strides = channels_last_strides if "channels_last" in layouts else contiguous_strides
+    dense_strides = dense_strides_of(problem)
     for role, letter in zip(roles, "xwy", strict=True):
         operation.set(Attribute[f"{prefix}_{role}"], tensor(library, letter, getattr(problem, letter), dense_strides))
     operation.set(Attribute[f"{prefix}_CONV_DESC"], convolution)
@@ -144,12 +136,35 @@ def operation_graph(target: Target, problem: Problem) -> Descriptor:
 Strides = Callable[[Sequence[int]], tuple[int, ...]]
 
 
+def dense_strides_of(problem: Problem) -> Strides:
+    """The layout that is meant where sizes of 1 leave it open, as in a depthwise filter: that of the other tensors.
+
+    Engines that want channels last look at the strides (B2).
+    """
+    layouts = {spec.layout for spec in (problem.x, problem.w, problem.y)}
+    return channels_last_strides if "channels_last" in layouts else contiguous_strides
+
+
+class Window(NamedTuple):
+    """A window as cuDNN takes it: padding before and after, stride and dilation, two or three numbers each."""
+
+    before: tuple[int, ...]
+    after: tuple[int, ...]
+    stride: tuple[int, ...]
+    dilation: tuple[int, ...]
+
+
+def window_of(problem: Problem) -> Window:
+    """The window; one spatial dimension is computed as two, the first of size 1 (B5)."""
+    before, after = zip(*problem.padding, strict=True)
+    if problem.spatial_rank > 1:
+        return Window(before, after, problem.stride, problem.dilation)
+    return Window((0, *before), (0, *after), (1, *problem.stride), (1, *problem.dilation))
+
+
 def tensor(library: Library, letter: str, spec: TensorSpec, dense_strides: Strides = contiguous_strides) -> Descriptor:
     """One tensor of a graph; `letter` identifies it, `dense_strides` is the layout that it has if its strides allow."""
-    dims, strides = with_unit_dimension(spec.dims, spec.strides)
-    wanted = dense_strides(dims)
-    if all(size == 1 or have == want for size, have, want in zip(dims, strides, wanted, strict=True)):
-        strides = wanted
+    dims, strides = tensor_layout(spec, dense_strides)
     descriptor = Descriptor(library, DescriptorType.TENSOR)
     descriptor.set(Attribute.TENSOR_UNIQUE_ID, UIDS[letter])
     descriptor.set(Attribute.TENSOR_DATA_TYPE, DATA_TYPES[spec.dtype])
@@ -157,6 +172,14 @@ def tensor(library: Library, letter: str, spec: TensorSpec, dense_strides: Strid
     descriptor.set(Attribute.TENSOR_DIMENSIONS, dims)
     descriptor.set(Attribute.TENSOR_STRIDES, strides)
     return descriptor.finalize()
+
+
+def tensor_layout(spec: TensorSpec, dense_strides: Strides) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Dims and strides of a tensor of a graph, see `tensor`."""
+    dims, strides = with_unit_dimension(spec.dims, spec.strides)
+    wanted = dense_strides(dims)
+    dense_as_wanted = all(size == 1 or have == want for size, have, want in zip(dims, strides, wanted, strict=True))
+    return dims, wanted if dense_as_wanted else strides
 
 
 def with_unit_dimension(dims: Sequence[int], strides: Sequence[int]) -> tuple[tuple[int, ...], tuple[int, ...]]:

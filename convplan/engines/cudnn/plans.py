@@ -8,12 +8,10 @@ torch's allocator hands out the same addresses again and again, each plan keeps 
 from __future__ import annotations
 
 import ctypes
-import json
 import threading
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
-from convplan._measure import first_line
 from convplan.engines.cudnn.configs import engine_configuration
 from convplan.engines.cudnn.descriptors import CudnnError, Descriptor, check
 from convplan.engines.cudnn.enums import Attribute, DescriptorType
@@ -24,7 +22,6 @@ if TYPE_CHECKING:
     from convplan.engines.cudnn.target import Target
 
 MOST_PACKS = 64  # of one plan; each holds about 1 KB
-_PLACES = ("pciDeviceId", "cudaDeviceId", "smClockRateKHz", "memClockRateKHz", "totalGlobalMem", "driverVer")
 MOST_JSON_BYTES = 16 * 2**20  # of a serialized plan; fused ones have about 0.1 MB
 
 
@@ -131,59 +128,12 @@ def build_plan(
     return ExecutionPlan(_finalised(target, config, None), uids)
 
 
-def vet_serialized(serialized: bytes, like: bytes, engine: int) -> None:
-    """Make sure that a serialized plan is about the same graph and GPU as another one, which was built here.
-
-    cuDNN reads such JSON trustingly: it ends the process over a list that is none, and restores a plan for larger
-    tensors without a word. What an engine adds for itself (compiled code) cannot be told from a forgery here.
-
-    Args:
-        serialized: from anywhere.
-        like: of any plan for the problem in question on the device in question.
-        engine: cuDNN's index of the engine that it must be of.
-
-    Raises:
-        ValueError: it is no JSON, is of another engine, or differs from `like` in graph, GPU or version: says which.
-    """
-    found, expected = _decoded(serialized), _decoded(like)
-    for part in ("cudnnVersion", "schemaVersion", "operationGraph", "GPUProfile"):
-        mine, theirs = (_without_place(part, plan.get(part)) for plan in (expected, found))
-        # As text: 1 and 1.0 and true are equal to Python, and not to a reader in C++.
-        if json.dumps(theirs, sort_keys=True) != json.dumps(mine, sort_keys=True):
-            raise ValueError(f"the serialized plan's {part} is not that of the problem, the GPU and cuDNN here")
-    chosen = found.get("engine")
-    number = chosen.get("engineId") if isinstance(chosen, dict) else None
-    if number != engine:
-        raise ValueError(f"the serialized plan is of engine {number!r}, expected {engine}")
-
-
-def _decoded(serialized: bytes) -> dict[str, Any]:
-    if len(serialized) > MOST_JSON_BYTES:
-        raise ValueError(f"a serialized plan of {len(serialized)} bytes, expected at most {MOST_JSON_BYTES}")
-    try:
-        found = json.loads(serialized)
-    except (ValueError, RecursionError) as exc:
-        raise ValueError(f"a serialized plan that is no JSON: {first_line(exc)}") from exc
-    if not isinstance(found, dict):
-        raise ValueError(f"a serialized plan is a {type(found).__name__}, expected an object")
-    return found
-
-
-def _without_place(part: str, value: object) -> object:
-    """Which slot of a machine a GPU sits in, and how fast it is clocked, makes no other GPU of it."""
-    if part != "GPUProfile" or not isinstance(value, dict):
-        return value
-    kept = {name: entry for name, entry in value.items() if name not in _PLACES}
-    # They must be numbers all the same, since cuDNN reads them.
-    return {**kept, "numbers": all(isinstance(value.get(name, 0), int) for name in _PLACES)}
-
-
 def restore_plan(target: Target, serialized: bytes, uids: tuple[int, ...]) -> ExecutionPlan:
     """A plan from its JSON, made by the same cuDNN version for the same kind of GPU.
 
     Args:
         target: the GPU.
-        serialized: of a plan that was made here, or that `vet_serialized` has nothing against.
+        serialized: of a plan that was made here, or what `serialized.vetted` gave back.
         uids: as for `build_plan`.
 
     Raises:
