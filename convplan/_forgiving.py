@@ -150,6 +150,27 @@ class ForgivingStore:
             return None
         return record if record is not None and satisfies(record.effort, policy.effort) else None
 
+    def records(self, environment: Environment) -> list[PlanRecord]:
+        """Every usable plan that was found in an environment, as the store is now, with those that only memory holds.
+
+        One look at the store, and every record decoded: for who wants all of them.
+        """
+        kept = {key: item.record for key, item in list(self._memory.items())}
+        mine = [record for record in kept.values() if record.environment == environment]
+        if self._rests("read"):
+            return mine
+        try:
+            rows = self._ask(lambda reader: reader.snapshot(environment)).rows
+            if rows is None:  # too many for one look
+                listed = (row.record for row in self._opened().rows(device=environment.device))
+                found = [record for record in listed if record is not None and record.environment == environment]
+            else:
+                found = [record for record in map(self._checked, rows.values()) if record is not None]
+        except StoreError as exc:
+            self._trouble("read", exc)
+            return mine
+        return [*(record for record in found if record.key not in kept), *mine]
+
     def serialized(self, record: PlanRecord, config: EngineConfig) -> bytes | None:
         """What was serialized of one candidate of a record, if it is there and unharmed.
 

@@ -696,3 +696,39 @@ def test_policy_is_part_of_what_they_belong_to(store: PlanStore) -> None:
     store.put(record(1), {CONFIG: PLAIN})
     strict = msgspec.structs.replace(record(1), policy=Policy(deterministic=True, allow_tf32=False))
     assert ForgivingStore(store).serialized(strict, CONFIG) is None
+
+
+# ---- the command
+
+
+def test_the_command_carries_them_names_their_origin_and_leaves_them_out(
+    tmp_path: Path, path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from convplan.cli import main
+
+    def run(*argv: object) -> tuple[int, str]:
+        capsys.readouterr()
+        code = main([str(argument) for argument in argv])
+        return code, capsys.readouterr().out
+
+    with PlanStore(path) as store:
+        store.put(two(), {CONFIG: PLAIN, OTHER: NOISE})
+    monkeypatch.setenv("CONVPLAN_STORE", str(path))
+    files = {name: tmp_path / f"{name}.json" for name in ("with", "without")}
+    assert run("export", files["with"]) == (0, f"1 plans written to {files['with']}, with 2 serialized ones\n")
+    assert run("export", files["without"], "--no-serialized") == (0, f"1 plans written to {files['without']}\n")
+    monkeypatch.setenv("CONVPLAN_STORE", str(tmp_path / "target.sqlite"))
+    counts = "added {}, replaced 0, kept {}, refused 0; 0 belong to other environments{}\n"
+    assert run("import", files["with"], "--no-serialized") == (0, counts.format(1, 0, ""))
+    assert run("import", files["without"]) == (0, counts.format(0, 1, ""))
+    assert run("import", files["with"]) == (0, counts.format(0, 1, "; 2 serialized plans"))
+    code, out = run("explain", two().key, "--json")
+    assert code == 0
+    said = {one["config"]: one for one in msgspec.json.decode(out)["serialized"]}
+    assert {config: one["size_bytes"] for config, one in said.items()} == {str(CONFIG): len(PLAIN), str(OTHER): 50_000}
+    assert all(one["provenance"].startswith("imported from a file made by convplan") for one in said.values())
+    edit(tmp_path / "target.sqlite", "UPDATE convplan_serialized SET size = 9 WHERE config = ?", config_text(OTHER))
+    assert "unusable: altered" in run("explain", two().key)[1]
+    code, out = run("check")
+    assert code == 1
+    assert f"{two().key}: serialized plan of {OTHER}: altered" in out

@@ -203,6 +203,24 @@ def test_processes_share_what_they_find_while_they_run(path: Path) -> None:
         forgiving.close()
 
 
+@pytest.mark.parametrize("most", [_forgiving.MOST_ROWS, 2])
+def test_all_plans_of_an_environment_are_given_at_once(path: Path, monkeypatch: pytest.MonkeyPatch, most: int) -> None:
+    fill(path)
+    BAD["flipped digit"](path, record(2).key)
+    monkeypatch.setattr("convplan._snapshot.MOST_ROWS", most)
+    forgiving = ForgivingStore(PlanStore(path))
+    by_key = {one.key: one for one in forgiving.records(HERE)}
+    assert by_key == {record(number).key: record(number) for number in NUMBERS if number != 2}
+    assert forgiving.records(ELSEWHERE) != []
+    assert lookup(forgiving, 1) == record(1)
+    assert len(forgiving.records(HERE)) == len(by_key), "also those that were looked up"
+    wrong = msgspec.structs.replace(record(1), planning_s=-1.0)  # no store takes it
+    with pytest.warns(ConvPlanWarning, match="planning_s"):
+        forgiving.remember(wrong)
+    assert [one for one in forgiving.records(HERE) if one.key == wrong.key] == [wrong]
+    forgiving.close()
+
+
 def test_a_file_that_is_exchanged_is_opened_anew(path: Path, tmp_path: Path) -> None:
     fill(path)
     forgiving = ForgivingStore(PlanStore(path))

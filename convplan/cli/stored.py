@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from convplan._errors import ConvPlanError, StoreError, WrongResult
-from convplan._store import PlanStore, StoredRow, current_environments
+from convplan._store import PlanStore, StoredRow, current_environments, showable
 from convplan.cli.output import Progress, Result
 from convplan.cli.planning import KEY_SHOWN
 from convplan.report import group_rejected, human_us, stock_torch, table
@@ -19,6 +19,7 @@ from convplan.report import group_rejected, human_us, stock_torch, table
 if TYPE_CHECKING:
     from convplan._environment import Environment
     from convplan._plan import PlanRecord
+    from convplan._serialized import Part
     from convplan.report import Side
 
 LIST_COLUMNS: dict[str, Side] = {
@@ -51,6 +52,17 @@ class Listed(msgspec.Struct, frozen=True, kw_only=True):
     environment: str
     created: str
     version: str
+    trouble: str
+
+
+class Compiled(msgspec.Struct, frozen=True, kw_only=True):
+    """One serialized plan beside a stored one: which candidate's, how large, and where it comes from."""
+
+    config: str
+    size_bytes: int
+    version: str
+    created: str
+    provenance: str
     trouble: str
 
 
@@ -116,6 +128,7 @@ def explain(key: str, *, every_rejection: bool) -> Result:
     """The whole evidence of one stored plan, and what it is compared with."""
     with PlanStore.default() as store:
         found = list(store.rows(key_prefix=key.strip().lower()))
+        parts = [_compiled(part, trouble) for part, trouble in store.parts(found[0].key)] if len(found) == 1 else []
     if not found:
         raise StoreError(path=store.location, reason=f"no key begins with {key!r}; `convplan list` shows those stored")
     if len(found) > 1:
@@ -131,8 +144,22 @@ def explain(key: str, *, every_rejection: bool) -> Result:
         "stock_torch": stock_torch(record),
         "hardware_limit": None if record.limit is None else record.limit._asdict(),
         "rejected": [group for group, _ in group_rejected(record.rejected)],
+        "serialized": parts,
     }
-    return Result(record.explain(every_rejection=every_rejection), data)
+    lines = [
+        f"serialized: {one.config}, {one.size_bytes} bytes, {one.provenance or one.trouble}"
+        + (f" (unusable: {one.trouble})" if one.provenance and one.trouble else "")
+        for one in parts
+    ]
+    text = record.explain(every_rejection=every_rejection)
+    return Result("\n".join([text, *(["", *lines] if lines else [])]), data)
+
+
+def _compiled(part: Part | None, trouble: str) -> Compiled:
+    if part is None:
+        return Compiled(config="-", size_bytes=0, version="", created="", provenance="", trouble=trouble)
+    said = {name: showable(getattr(part, name)) for name in ("version", "created", "provenance")}
+    return Compiled(config=str(part.config), size_bytes=part.size, trouble=showable(trouble), **said)
 
 
 def verify(*, key_prefix: str, engine: str | None, every_rank: bool) -> Result:
