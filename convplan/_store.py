@@ -627,6 +627,19 @@ class ForgivingStore:
             return None
         return record if record is not None and satisfies(record.effort, policy.effort) else None
 
+    def records(self, environment: Environment) -> list[PlanRecord]:
+        """Every usable record that was found in this environment, in one pass over the store."""
+        kept = [record for record in list(self._memory.values()) if record.environment == environment]
+        if self._rests("read"):
+            return kept
+        try:
+            rows = list(self._opened().rows(device=environment.device))
+        except StoreError as exc:
+            self._trouble("read", exc)
+            return kept
+        stored = [row.record for row in rows if row.record is not None and row.environment == environment]
+        return [*stored, *kept]
+
     def remember(self, record: PlanRecord) -> None:
         """Store a record, and those that could not be stored before; what cannot be written stays in memory."""
         key = record.key
