@@ -78,6 +78,11 @@ def distance(a: Problem, b: Problem) -> float:
     return Sizes.of(a).distance(Sizes.of(b))
 
 
+def is_near(a: Problem, b: Problem) -> bool:
+    """Whether the work of two problems of one family is within a factor of two, so that one speaks for the other."""
+    return abs(Sizes.of(a).work - Sizes.of(b).work) <= NEAR
+
+
 class Likely(NamedTuple):
     """A configuration that relatives speak for: its evidence there, and which relative that was."""
 

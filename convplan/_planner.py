@@ -13,7 +13,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import msgspec
 
@@ -204,6 +204,12 @@ def plan_like(
     return record, Plan(problem, ranking[0].config, _built(chosen))
 
 
+@functools.lru_cache(maxsize=64)
+def _is_searchable(kind: type) -> bool:
+    """Kept, since asking a protocol takes longer than what it is asked for on the way to a first run."""
+    return issubclass(kind, Searchable)
+
+
 def _proposed(one: Likely, engines: Mapping[str, Engine], problem: Problem) -> _Live | Evidence:
     """A relative's configuration as a candidate for this problem, or why its engine does not have it here."""
     config = one.evidence.config
@@ -219,8 +225,9 @@ def _proposed(one: Likely, engines: Mapping[str, Engine], problem: Problem) -> _
         support = engine.supports(problem)
         if not support.ok:
             reason = support.reason
-        elif isinstance(engine, Searchable):
-            candidate = msgspec.structs.replace(engine.candidate(problem, config), source=source)
+        elif _is_searchable(type(engine)):
+            known = cast(Searchable, engine).candidate(problem, config)
+            candidate = msgspec.structs.replace(known, source=source)
     except Exception as exc:  # an engine's failure costs its candidate, never the planning
         reason = _reason(exc)
     item = _Live(candidate, engine, remark=one.remark)

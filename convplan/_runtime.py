@@ -29,7 +29,7 @@ from convplan import _environment
 from convplan._errors import CaptureMiss, ConvPlanError, ConvPlanWarning, ExecutionFailed, NoPlan, ReplayMiss
 from convplan._lru import LeastRecentlyUsed
 from convplan._measure import first_line
-from convplan._nearest import Relatives
+from convplan._nearest import Relatives, is_near
 from convplan._plan import Evidence, Plan, PlanRecord
 from convplan._planner import RELATIVE, plan_like, plan_problem
 from convplan._policy import EFFORTS, Effort, Policy
@@ -49,10 +49,21 @@ CACHE_LIMIT_VARIABLE = "CONVPLAN_CACHE_LIMIT"
 DEFAULT_CACHE_LIMIT = 10_000
 MOST_SEEN = 4_096  # weights
 STORE_VARIABLES = ("CONVPLAN_STORE", "CONVPLAN_CACHE_DIR")
-# A family of shapes is tuned after `tune_after` times this many of them. An untuned GPU plan costs its engine's lists,
-# 7 to 20 ms (H200, cuDNN 9.19), so that with `tune_after=2` they have then cost about what one tuning does.
-SHAPES_PER_SIGHTING = 8
-COUNTERS = ("hits", "misses", "planned", "tuned", "from_store", "from_relative", "replay_misses", "fell_back", "failed")
+COUNTERS = (
+    "hits",
+    "misses",
+    "planned",
+    "tuned",
+    "from_store",
+    "from_relative",
+    "replay_misses",
+    "fell_back",
+    "failed",
+)
+# Times `tune_after`: how many shapes make a family worth tuning, and how many sightings make a problem worth it that
+# has a near relative's choice already, beyond which little is to be gained. An untuned GPU plan costs its engine's
+# lists, 7 to 20 ms (H200, cuDNN 9.19): with `tune_after=2`, those of 16 shapes have cost about what one tuning does.
+PATIENCE = 8
 
 Observe = Callable[[Problem, tuple[bool, bool]], None]
 """Told of a problem that is asked for, and whether gradients of its input and its weight may be asked for later."""
@@ -233,6 +244,7 @@ class _Choice:
         self.failure: _Failure | None = None
         self.sightings = 0
         self.gave_up = False  # tuning broke off; the untuned plan stays
+        self.has_near_relative = False  # whose choice it runs by
         self._ready: tuple[PlanRecord, Plan] | None = None
 
     def hand_over(self, record: PlanRecord, plan: Plan) -> None:
@@ -348,7 +360,9 @@ def _limit_is_spent(policy: Policy) -> bool:
 
 def _is_due(choice: _Choice, policy: Policy) -> bool:
     at = policy.tunes_at_sight
-    return at is not None and choice.sightings >= at and not choice.gave_up and not _limit_is_spent(policy)
+    if at is None or choice.gave_up or _limit_is_spent(policy):
+        return False
+    return choice.sightings >= at * (PATIENCE if choice.has_near_relative else 1)
 
 
 def _refuses_untuned(policy: Policy) -> bool:
@@ -406,7 +420,7 @@ def _family_is_due(problem: Problem, policy: Policy, environment: _environment.E
     at = policy.tunes_at_sight
     if at is None or not _uses_relatives(policy) or _limit_is_spent(policy):
         return False
-    return _known_relatives(environment).claim(problem, policy, environment, shapes=at * SHAPES_PER_SIGHTING)
+    return _known_relatives(environment).claim(problem, policy, environment, shapes=at * PATIENCE)
 
 
 def _like_relatives(
@@ -425,6 +439,7 @@ def _like_relatives(
         return None
     counts.add("from_relative")
     choice.failure = None
+    choice.has_near_relative = is_near(problem, nearest[0].problem)
     choice.hand_over(record, plan)
     return record
 

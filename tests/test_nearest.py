@@ -559,13 +559,27 @@ def test_what_a_relative_gave_is_never_stored(engine: ScalingEngine) -> None:
         decide(conv(40), mode="replay", effort="instant")
 
 
-def test_the_second_sight_tunes_in_full(engine: ScalingEngine) -> None:
+def test_a_problem_far_from_its_relatives_is_tuned_at_the_second_sight(engine: ScalingEngine) -> None:
     tune(conv(32))
-    assert decide(conv(40)).effort == "instant"
-    record = decide(conv(40))
+    assert decide(conv(32, 65)).effort == "instant"
+    record = decide(conv(32, 65))
     assert record.effort == "measure"
     assert len(record.ranking) == 3
     assert all(one.verified == "full" for one in record.ranking)
+
+
+@pytest.mark.parametrize("tune_after", [2, 3])
+def test_a_problem_with_a_near_relative_is_tuned_later_since_little_is_to_be_gained(
+    engine: ScalingEngine, tune_after: int
+) -> None:
+    tune(conv(32))
+    efforts = [decide(conv(32, 64), tune_after=tune_after).effort for _ in range(30)]
+    assert efforts.index("measure") + 1 == 8 * tune_after
+
+
+def test_who_wants_every_problem_tuned_at_once_gets_that(engine: ScalingEngine) -> None:
+    tune(conv(32))
+    assert [decide(conv(32, 32 + i), tune_after=1).effort for i in range(1, 5)] == ["measure"] * 4
 
 
 def test_relatives_come_from_the_store_in_another_process(engine: ScalingEngine) -> None:
