@@ -29,6 +29,7 @@ MOST_KEPT = 16  # leading configurations of one relative
 MOST_LIKELY = 4  # configurations handed on
 NEAR = 1.0  # within a factor of two in work, a tuned relative speaks for a problem
 ABSENT = math.log(2)  # a configuration that one of two relatives did not time counts as twice as slow there, at least
+COMPILED = "RUNTIME_COMPILATION"  # a note: building takes 0.03 to 0.9 s (cuDNN 9.19, H200), for every shape anew
 CONDEMNED = ("verify", "run")  # rejections that say more than that it was slow, or refused there
 
 
@@ -96,7 +97,9 @@ def likely(problem: Problem, relatives: Sequence[PlanRecord], most: int = MOST_L
     Where the problem's work lies between that of the first two relatives, each configuration's slowdown against the
     relative's own choice is interpolated between them: exact for times that are powers of the work, so the place where
     one configuration overtakes another is found although nothing was measured there. Otherwise the nearest decides, and
-    what others add stands behind. What gave a wrong result or failed for one of them is left out.
+    what others add stands behind. What gave a wrong result or failed for one of them is left out. What is
+    compiled when it is built stands behind all the rest: for a shape that may never come again that takes longer than
+    it can save.
 
     Args:
         problem: the new one.
@@ -109,7 +112,7 @@ def likely(problem: Problem, relatives: Sequence[PlanRecord], most: int = MOST_L
     weight = _weight_of_second(problem, nearest, others[0]) if others else 0.0
     first, second = _slowdowns(nearest), _slowdowns(others[0]) if others else {}
     condemned = {e.config for record in relatives for e in record.rejected if e.rejected in CONDEMNED}
-    found: dict[Hashable, tuple[float, Likely]] = {}
+    found: dict[Hashable, tuple[bool, float, Likely]] = {}
     for record in relatives:
         for rank, evidence in enumerate(record.ranking, start=1):
             config = evidence.config
@@ -117,8 +120,9 @@ def likely(problem: Problem, relatives: Sequence[PlanRecord], most: int = MOST_L
                 continue
             here, there = _both(first.get(config), second.get(config))
             score = here if weight == 0.0 else (1 - weight) * here + weight * there
-            found[config] = (score, Likely(evidence, _remark(record, evidence, rank)))
-    return [one for _, one in sorted(found.values(), key=lambda pair: pair[0])[:most]]
+            compiles = COMPILED in evidence.notes.behavior
+            found[config] = (compiles, score, Likely(evidence, _remark(record, evidence, rank)))
+    return [one for _, _, one in sorted(found.values(), key=lambda item: item[:2])[:most]]
 
 
 def _both(here: float | None, there: float | None) -> tuple[float, float]:

@@ -607,6 +607,7 @@ class Runner:
                 except NoPlan:
                     return
                 self._choice.record = other
+                self._choice.has_near_relative = False
         yield other
 
     def __call__(

@@ -188,6 +188,12 @@ def test_a_configuration_that_one_side_never_timed_is_not_trusted_to_be_fast_the
     assert indices(likely(conv(32, 64), [low, high]))[0] == 1
 
 
+def test_what_is_compiled_when_built_comes_last() -> None:
+    compiled = Notes(behavior=("RUNTIME_COMPILATION",))
+    ranking = (timed(0, 1.0, notes=compiled), timed(1, 2.0), timed(2, 3.0, notes=compiled), timed(3, 4.0))
+    assert indices(likely(conv(40), [tuned(conv(32), {}, ranking=ranking)])) == [1, 3, 0, 2]
+
+
 @pytest.mark.parametrize("stage", ["verify", "run"])
 @pytest.mark.parametrize("which", [0, 1])
 def test_what_was_wrong_for_either_relative_is_left_out(stage: str, which: int) -> None:
