@@ -13,9 +13,9 @@ import logging
 import math
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import msgspec
 
@@ -25,11 +25,12 @@ from convplan._errors import ConvPlanError, NoPlan, PlanRejected, WrongResult
 from convplan._learned import LearnedErratum, verdict
 from convplan._limits import gpu_bytes_per_us, gpu_plain_flops_per_us, measured_flops_per_us, peaks_of
 from convplan._measure import CUTOFF, Clock, Contestant, Measurement, first_line, race
+from convplan._nearest import Likely, likely
 from convplan._plan import Evidence, Plan, PlanRecord
 from convplan._policy import Effort, Policy
 from convplan._problem import DTYPES, Problem
 from convplan.engines import registry
-from convplan.engines.base import FALLBACK, LAST_RESORT, Built, Candidate, Engine, EngineConfig, Run
+from convplan.engines.base import FALLBACK, LAST_RESORT, Built, Candidate, Engine, EngineConfig, Run, Searchable
 
 if TYPE_CHECKING:
     from concurrent.futures import Future, ThreadPoolExecutor
@@ -49,6 +50,7 @@ FEWER_OPERATIONS = 20  # a method with that many times fewer operations goes fir
 INEXACT = "not exact on small integers: its arithmetic is that of a transform, which its engine does not note"
 FIRST_RUN_CUTOFF = 4 * CUTOFF  # the first call may hold one-time work; beyond this it is hopeless all the same
 FIRST_RUN_GRACE_US = 20_000.0  # and below this, one-time work can be all of it
+RELATIVE = "relative"  # source of candidates that a relative's record proposes and no engine was asked for
 _LATER = {FALLBACK: 1, LAST_RESORT: 2}
 MOST_WORKSPACE_BYTES = 2**40  # more is out of memory without trying
 MOST_TURNS = 32  # sets of inputs; problems too small for that many to fill a cache are timed in it
@@ -135,7 +137,7 @@ def plan_problem(
         ranking, dropped = _prove_and_time(live, problem, policy, clock, stages)
     else:
         with stages("build"):
-            ranking, dropped = _first_that_builds(live, problem, policy)
+            ranking, dropped = _first_that_builds(live, problem, policy, workspace_limit_bytes(problem, policy))
     rejected += dropped
     if not ranking:
         raise no_plan(problem, policy, rejected)
@@ -149,7 +151,7 @@ def plan_problem(
         peaks=peaks_of(problem, policy, measure=work != "instant"),
         planning_s=round((clock() - begin) / 1e9, 6),
         stages_s=tuple(stages.seconds.items()),
-        created=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        created=_now(),
         version=__version__,
     )
     log.info("planned %s in %.3f s (%d usable, %d rejected)", record, record.planning_s, len(ranking), len(rejected))
@@ -168,6 +170,110 @@ class _Stages:
         begin = self._clock()
         yield
         self.seconds[name] = round((self._clock() - begin) / 1e9, 6)
+
+
+def _now() -> str:
+    return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+
+
+Learned = Callable[[Problem, Candidate], str]
+"""Why a configuration must not run, by what was learned of it in searches; empty when nothing was."""
+
+
+def plan_like(
+    problem: Problem,
+    policy: Policy,
+    environment: Environment,
+    relatives: Sequence[PlanRecord],
+    *,
+    learned: Learned | None = None,
+    clock: Clock = time.perf_counter_ns,
+) -> tuple[PlanRecord, Plan]:
+    """An untuned plan by what was measured for problems that differ in batch and spatial sizes only.
+
+    No engine is asked for its lists, nothing is timed and nothing verified: the leading configurations of the relatives
+    pass the filter, and the first that builds is the choice.
+
+    Args:
+        problem, policy, environment: as for `plan_problem`.
+        relatives: tuned records of the problem's family, policy and environment, nearest first.
+        learned: says of a candidate why it must not run, if something is known against it.
+        clock: nanoseconds.
+
+    Returns:
+        A record of effort `instant`, which is not for the store, and its choice, built.
+
+    Raises:
+        NoPlan: none of them may run here or builds; lists each with its reason.
+        PolicyError: the policy names an engine that is not registered.
+    """
+    begin = clock()
+    engines = {engine.name: engine for engine in registry.allowed(policy.engines)}
+    limit = workspace_limit_bytes(problem, policy)
+    live: list[_Live] = []
+    rejected: list[Evidence] = []
+    for one in likely(problem, relatives):
+        item = _proposed(one, engines, problem)
+        if isinstance(item, _Live):
+            reason = _forbidden(item.candidate, problem, policy, limit)
+            if not reason and learned is not None:
+                reason = learned(problem, item.candidate)
+            if not reason:
+                live.append(item)
+                continue
+            item = item.evidence("filter", reason)
+        rejected.append(item)
+    # Torch alone is what an instant plan ends with anyway, and the engines may know something better here.
+    if all(item.candidate.source == LAST_RESORT for item in live):
+        raise no_plan(problem, policy, [*rejected, *(item.evidence("filter", "a last resort") for item in live)])
+    ranking, unbuildable = _first_that_builds(live, problem, policy, limit)
+    rejected += unbuildable
+    if not ranking:
+        raise no_plan(problem, policy, rejected)
+    chosen = next(item for item in live if item.candidate.config == ranking[0].config)
+    record = PlanRecord(
+        problem=problem,
+        policy=policy,
+        environment=environment,
+        effort="instant",
+        ranking=tuple(ranking),
+        rejected=tuple(rejected),
+        planning_s=round((clock() - begin) / 1e9, 6),
+        created=_now(),
+        version=__version__,
+    )
+    log.info("planned %s in %.6f s: %s", record, record.planning_s, ranking[0].reason)
+    return record, Plan(problem, ranking[0].config, _built(chosen))
+
+
+@functools.lru_cache(maxsize=64)
+def _is_searchable(kind: type) -> bool:
+    """Kept, since asking a protocol takes longer than what it is asked for on the way to a first run."""
+    return issubclass(kind, Searchable)
+
+
+def _proposed(one: Likely, engines: Mapping[str, Engine], problem: Problem) -> _Live | Evidence:
+    """A relative's configuration as a candidate for this problem, or why its engine does not have it here."""
+    config = one.evidence.config
+    # What needs nothing but torch stays marked as that: it counts as falling back when nothing else is left.
+    source = LAST_RESORT if one.evidence.source == LAST_RESORT else RELATIVE
+    candidate = Candidate(config=config, notes=one.evidence.notes, source=source)
+    reason = ""
+    engine = engines.get(config.engine)
+    if engine is None:
+        reason = f"engine {config.engine!r} is not among those that may run: {', '.join(engines)}"
+        return Evidence(config=config, source=source, notes=candidate.notes, rejected="enumerate", reason=reason)
+    try:
+        support = engine.supports(problem)
+        if not support.ok:
+            reason = support.reason
+        elif _is_searchable(type(engine)):
+            known = cast(Searchable, engine).candidate(problem, config)
+            candidate = msgspec.structs.replace(known, source=source)
+    except Exception as exc:  # an engine's failure costs its candidate, never the planning
+        reason = _reason(exc)
+    item = _Live(candidate, engine, remark=one.remark)
+    return item.evidence("enumerate", reason) if reason else item
 
 
 def no_plan(problem: Problem, policy: Policy, rejected: Sequence[Evidence]) -> NoPlan:
@@ -300,13 +406,12 @@ def _build(item: _Live, problem: Problem, policy: Policy, limit_bytes: int) -> s
 
 
 def _first_that_builds(
-    live: Sequence[_Live], problem: Problem, policy: Policy
+    live: Sequence[_Live], problem: Problem, policy: Policy, limit_bytes: int
 ) -> tuple[list[Evidence], list[Evidence]]:
     """Effort `instant`: the first in order that builds is the choice, the rest stand behind it unbuilt (B14)."""
-    limit = workspace_limit_bytes(problem, policy)
     rejected: list[Evidence] = []
     for place, item in enumerate(live):
-        reason = _build(item, problem, policy, limit)
+        reason = _build(item, problem, policy, limit_bytes)
         if not reason:
             return [later.evidence() for later in live[place:]], rejected
         rejected.append(item.evidence("build", reason))

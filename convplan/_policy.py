@@ -34,7 +34,8 @@ class Policy(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
             built: `stock` captures stock torch's kernel, with a warning; `error` raises `CaptureMiss`.
         engines: names of the engines that may be used, in order of preference. None: all that are registered for use.
         allow_notes: names of numerical notes to let through that are dropped otherwise, e.g. DOWN_CONVERT_INPUTS.
-        tune_after: a problem is tuned when it is seen for this many times; until then it runs an instant plan.
+        tune_after: a problem is tuned when it is seen for this many times; until then it runs an untuned plan. Eight
+            times as many where a tuned relative within a factor of two of its work stands in.
         tuning_limit_s: seconds of tuning that a process may spend on problems it meets, all together; those met after
             that run untuned plans. What `tune()` and `plan()` do on request is not counted. None: no limit; 0: nothing
             is tuned without being asked.
@@ -42,8 +43,8 @@ class Policy(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
         benchmark_limit: most candidates timed for one problem. 0: no limit.
         l2: what the second-level cache of a GPU holds when a candidate is timed: `warm`, whatever the run before left
             there; `cold`, nothing of its tensors.
-        nearest: a problem that is met first runs by the choice of its nearest tuned relative, which differs from it in
-            batch and spatial sizes only. False: by the engines' own order.
+        nearest: a problem that is met first runs by the choices of its nearest tuned relatives, which differ from it in
+            batch and spatial sizes only. False, or under a deterministic policy: by the engines' own order.
         search_s: seconds that the exhaustive search of one problem may take.
         build_limit_s, run_limit_s: seconds after which a candidate of the exhaustive search is given up, while it is
             built and while it runs.

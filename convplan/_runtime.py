@@ -19,19 +19,20 @@ import time
 import traceback
 import warnings
 import weakref
-from collections import OrderedDict
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import msgspec
 
 from convplan import _environment
 from convplan._errors import CaptureMiss, ConvPlanError, ConvPlanWarning, ExecutionFailed, NoPlan, ReplayMiss
 from convplan._learned import learned_from
+from convplan._lru import LeastRecentlyUsed
 from convplan._measure import first_line
+from convplan._nearest import Relatives, is_near
 from convplan._plan import Evidence, Plan, PlanRecord
-from convplan._planner import plan_problem
+from convplan._planner import RELATIVE, plan_like, plan_problem
 from convplan._policy import EFFORTS, Effort, Policy
 from convplan._problem import Problem
 from convplan.engines import registry
@@ -49,32 +50,24 @@ CACHE_LIMIT_VARIABLE = "CONVPLAN_CACHE_LIMIT"
 DEFAULT_CACHE_LIMIT = 10_000
 MOST_SEEN = 4_096  # weights
 STORE_VARIABLES = ("CONVPLAN_STORE", "CONVPLAN_CACHE_DIR")
-COUNTERS = ("hits", "misses", "planned", "tuned", "from_store", "fell_back", "failed")
+COUNTERS = (
+    "hits",
+    "misses",
+    "planned",
+    "tuned",
+    "from_store",
+    "from_relative",
+    "replay_misses",
+    "fell_back",
+    "failed",
+)
+# Times `tune_after`: how many shapes make a family worth tuning, and how many sightings make a problem worth it that
+# has a near relative's choice already, beyond which little is to be gained. An untuned GPU plan costs its engine's
+# lists, 7 to 20 ms (H200, cuDNN 9.19): with `tune_after=2`, those of 16 shapes have cost about what one tuning does.
+PATIENCE = 8
 
 Observe = Callable[[Problem, tuple[bool, bool]], None]
 """Told of a problem that is asked for, and whether gradients of its input and its weight may be asked for later."""
-
-Key = TypeVar("Key", bound=Hashable)
-Value = TypeVar("Value")
-
-
-class LeastRecentlyUsed(OrderedDict[Key, Value], Generic[Key, Value]):
-    """A dict that forgets what was used longest ago. `limit` 0: unlimited; negative: keeps nothing (B20)."""
-
-    def __init__(self, limit: int) -> None:
-        super().__init__()
-        self.limit = limit
-        self.crowded = False  # half full: from here on it matters who was used last
-
-    def add(self, key: Key, value: Value) -> None:
-        """Insert as the newest, dropping the oldest where that goes over the limit."""
-        if self.limit < 0:
-            return
-        self[key] = value
-        self.move_to_end(key)
-        self.crowded = 0 < self.limit <= 2 * len(self)
-        while self.limit and len(self) > self.limit:
-            self.popitem(last=False)
 
 
 def cache_limit() -> int:
@@ -252,6 +245,20 @@ class _Choice:
         self.failure: _Failure | None = None
         self.sightings = 0
         self.gave_up = False  # tuning broke off; the untuned plan stays
+        self.has_near_relative = False  # whose choice it runs by
+        self._ready: tuple[PlanRecord, Plan] | None = None
+
+    def hand_over(self, record: PlanRecord, plan: Plan) -> None:
+        """Leave what planning built for the first runner, which need not build it again."""
+        self._ready = (record, plan)
+
+    def take_ready(self, record: PlanRecord) -> Plan | None:
+        """The plan that was left with this record, for one caller only."""
+        if self._ready is None:
+            return None
+        with self.lock:
+            ready, self._ready = self._ready, None
+        return ready[1] if ready is not None and ready[0] is record else None
 
 
 ChoiceKey = tuple[Problem, tuple[tuple[str, object], ...], _environment.Environment]
@@ -281,13 +288,14 @@ class _Choices:
 
 
 _choices = _Choices()
+_relatives = Relatives(cache_limit)
 _store_lock = threading.Lock()
 
 
 def _start_afresh_in_child() -> None:
     """A fork copies locks as they are, and the threads that would release them stay behind."""
-    global _choices, _store_lock
-    _choices, _store_lock = _Choices(), threading.Lock()
+    global _choices, _relatives, _store_lock
+    _choices, _relatives, _store_lock = _Choices(), Relatives(cache_limit), threading.Lock()
     counts.renew_lock()
     state.touch()
 
@@ -310,8 +318,10 @@ def store() -> ForgivingStore:
 
 
 def forget() -> None:
-    """Drop every choice and every ready plan of this process; the store keeps its rows."""
+    """Drop every choice, relative and ready plan of this process; the store keeps its rows."""
+    global _relatives
     _choices.clear()
+    _relatives = Relatives(cache_limit)
     state.touch()
     with _store_lock:
         _stores.clear()
@@ -351,7 +361,9 @@ def _limit_is_spent(policy: Policy) -> bool:
 
 def _is_due(choice: _Choice, policy: Policy) -> bool:
     at = policy.tunes_at_sight
-    return at is not None and choice.sightings >= at and not choice.gave_up and not _limit_is_spent(policy)
+    if at is None or choice.gave_up or _limit_is_spent(policy):
+        return False
+    return choice.sightings >= at * (PATIENCE if choice.has_near_relative else 1)
 
 
 def _refuses_untuned(policy: Policy) -> bool:
@@ -366,14 +378,73 @@ def _first_sight(
         stored = _built_ahead(problem, policy, environment)
     if stored is not None:
         return stored
+    if policy.mode == "replay":
+        counts.add("replay_misses")
     if policy.mode == "replay" and policy.replay_miss == "error":
         counts.add("failed")
         raise ReplayMiss(problem=str(problem), policy=str(policy))
-    if _is_due(choice, policy):
+    if _is_due(choice, policy) or _family_is_due(problem, policy, environment):
         return _tune(choice, problem, policy, environment)
+    like = _like_relatives(choice, problem, policy, environment)
+    if like is not None:
+        return like
     # Stored only where that is what the policy asks for, and not when it stands in for a tuned one.
     keep = policy.effort == "instant" and policy.mode == "auto"
     return _plan(choice, problem, policy, environment, "instant", keep=keep)
+
+
+def _uses_relatives(policy: Policy) -> bool:
+    """Whether a first sight may take over what its relatives were tuned to.
+
+    Not under a deterministic policy: which relatives there are depends on what was met before and on what else was
+    tuned, and the same convolution must not round differently for that. Not at effort `instant`, which is the engines'
+    own order.
+    """
+    return policy.nearest and not policy.deterministic and policy.effort != "instant"
+
+
+def _known_relatives(environment: _environment.Environment) -> Relatives:
+    """The index of tuned problems, with those of the store in it: they are read once for each environment."""
+    where = tuple(os.environ.get(name) for name in STORE_VARIABLES)
+    _relatives.load_once((where, environment), lambda: _stored_relatives(environment))
+    return _relatives
+
+
+def _stored_relatives(environment: _environment.Environment) -> Iterable[PlanRecord]:
+    """Every record that the store holds for an environment."""
+    return store().records(environment)
+
+
+def _family_is_due(problem: Problem, policy: Policy, environment: _environment.Environment) -> bool:
+    """Whether to tune a problem at once for its family's sake: many shapes of it were met, and none near this is tuned.
+
+    Problems whose shapes never repeat are never seen twice, so without this none of them would ever be tuned.
+    """
+    at = policy.tunes_at_sight
+    if at is None or not _uses_relatives(policy) or _limit_is_spent(policy):
+        return False
+    return _known_relatives(environment).claim(problem, policy, environment, shapes=at * PATIENCE)
+
+
+def _like_relatives(
+    choice: _Choice, problem: Problem, policy: Policy, environment: _environment.Environment
+) -> PlanRecord | None:
+    """An untuned plan by the choices of the nearest tuned relatives; None where there are none, or none builds here."""
+    if not _uses_relatives(policy):
+        return None
+    nearest = _known_relatives(environment).nearest(problem, policy, environment)
+    if not nearest:
+        return None
+    try:
+        record, plan = plan_like(problem, policy, environment, nearest)
+    except NoPlan as exc:
+        log.info("no relative's choice builds here: %s", exc)
+        return None
+    counts.add("from_relative")
+    choice.failure = None
+    choice.has_near_relative = is_near(problem, nearest[0].problem)
+    choice.hand_over(record, plan)
+    return record
 
 
 def _stored(problem: Problem, policy: Policy, environment: _environment.Environment) -> PlanRecord | None:
@@ -387,6 +458,7 @@ def _stored(problem: Problem, policy: Policy, environment: _environment.Environm
         log.info("stored plan of %s does not build any more (%s): planning it again", problem, exc)
         return None
     counts.add("from_store")
+    _relatives.add(found)
     return found
 
 
@@ -439,6 +511,7 @@ def _plan(
         log.info("nothing but torch's own kernel runs %s", problem)
     if effort != "instant":
         counts.add("tuned")
+        _relatives.add(record)
     store().learn(learned_from(record))
     if keep:
         store().remember(record)
@@ -470,6 +543,7 @@ def adopt(problem: Problem, policy: Policy, *, force: bool = False) -> tuple[Pla
         if choice.record is not None and _suffices(choice.record, resolved) and (replay or not force):
             return choice.record, False
         if replay:
+            counts.add("replay_misses")
             counts.add("failed")
             raise ReplayMiss(problem=str(problem), policy=str(resolved))
         choice.record = _plan(choice, problem, resolved, environment, resolved.effort)
@@ -514,13 +588,39 @@ class Runner:
 
     def _build(self) -> Plan:
         """Build the record's choice, or the first of those ranked after it that still builds."""
+        ready = self._choice.take_ready(self._record)
+        if ready is not None:
+            return ready
         tried = []
-        for rank in range(len(self._record.ranking)):
-            try:
-                return self._record.build(rank)
-            except ConvPlanError as exc:
-                tried.append((str(self._record.ranking[rank].config), str(exc)))
+        for record in self._records():
+            for rank in range(len(record.ranking)):
+                try:
+                    plan = record.build(rank)
+                except ConvPlanError as exc:
+                    tried.append((str(record.ranking[rank].config), str(exc)))
+                else:
+                    self._record = record
+                    return plan
         raise NoPlan(problem=str(self._problem), policy=str(self._policy), rejections=tried)
+
+    def _records(self) -> Iterator[PlanRecord]:
+        """Where plans are looked for: the record, and behind one taken over from relatives the engines' own choice."""
+        yield self._record
+        if not any(evidence.source == RELATIVE for evidence in (*self._record.ranking, *self._record.rejected)):
+            return
+        with self._choice.lock, on_device(self._device):
+            other = self._choice.record
+            if other is None or other is self._record:  # else another thread has moved on already
+                environment = _environment.current(self._problem.device)
+                try:
+                    other = _plan(
+                        self._choice, self._problem, self._policy.resolve(), environment, "instant", keep=False
+                    )
+                except NoPlan:
+                    return
+                self._choice.record = other
+                self._choice.has_near_relative = False
+        yield other
 
     def __call__(
         self, first: torch.Tensor, second: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor | None
@@ -579,33 +679,35 @@ class Runner:
         drop_tensors(exc)
         if in_graph_capture(self._device):
             raise ExecutionFailed(plan=str(self._problem), tried=[(str(self._plan.config), first_line(exc))]) from exc
-        for rank, evidence in enumerate(self._record.ranking):
-            if evidence.config in failed:
-                continue
-            try:
-                with on_device(self._device):
-                    plan = self._record.build(rank)
-                result = plan.unchecked_run(first, second, bias, out)
-            except Exception as next_exc:  # same as above: try the one after
-                failed[evidence.config] = first_line(next_exc)
-                drop_tensors(next_exc)
-                continue
-            warn_once(f"plan {self._plan.config} failed ({first_line(exc)}); using {plan.config} for {self._problem}")
-            counts.add("fell_back")
-            self._demote(failed)
-            self._plan, self._run = plan, plan.unchecked_run
-            return result
+        for record in self._records():
+            for rank, evidence in enumerate(record.ranking):
+                if evidence.config in failed:
+                    continue
+                try:
+                    with on_device(self._device):
+                        plan = record.build(rank)
+                    result = plan.unchecked_run(first, second, bias, out)
+                except Exception as next_exc:  # same as above: try the one after
+                    failed[evidence.config] = first_line(next_exc)
+                    drop_tensors(next_exc)
+                    continue
+                warn_once(
+                    f"plan {self._plan.config} failed ({first_line(exc)}); using {plan.config} for {self._problem}"
+                )
+                counts.add("fell_back")
+                self._demote(record, failed)
+                self._plan, self._run = plan, plan.unchecked_run
+                return result
         tried = [(str(config), reason) for config, reason in failed.items()]
         raise ExecutionFailed(plan=str(self._problem), tried=tried) from exc
 
-    def _demote(self, failed: dict[Any, str]) -> None:
+    def _demote(self, record: PlanRecord, failed: dict[Any, str]) -> None:
         """Re-rank: what failed goes to the rejected, in this process only, since memory may be short for now alone."""
 
         def with_reason(evidence: Evidence) -> Evidence:
             return msgspec.structs.replace(evidence, rejected="run", reason=failed[evidence.config])
 
         with self._choice.lock:
-            record = self._record
             self._record = msgspec.structs.replace(
                 record,
                 ranking=tuple(e for e in record.ranking if e.config not in failed),
