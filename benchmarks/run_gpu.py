@@ -232,6 +232,7 @@ def chosen_row(named: NamedProblem, effort: str) -> dict[str, object]:
         "suite": named.suite,
         "chosen": str(record.config),
         "planned_ms": round(planned_ms, 2),
+        "stages_s": dict(record.stages_s),
         "stock_us": round(medians["stock"], 2),
         "convplan_us": round(medians["convplan"], 2),
         "ratio": round(medians["stock"] / medians["convplan"], 4),

@@ -187,5 +187,5 @@ def write_ahead(plans: Sequence[AheadPlan], out: Path) -> ExportReport:
         PlanStore(Path(folder) / "plans.sqlite") as store,
     ):
         for plan in plans:
-            store.put(plan.record)
+            store.put(plan.record, plan.serialized)
         return export_plans(out, store=store)

@@ -1,19 +1,11 @@
-"""Convplan against stock torch, one problem at a time, both calls as a user would write them.
+"""What a benchmark run found: comparisons, why a loss is one, and the totals; and a comparison within this process.
 
-Used by `convplan bench` and by benchmark scripts; nothing here prints. Racing the candidates of one problem against
-each other is planning, and lives in `_measure`.
+`convplan bench` gives each side a process of its own (`_bench_processes`), which is the only fair way to time stock
+torch on a GPU. `compare` here is for scripts on the CPU, for problems that are planned already, and for the demo. The
+calls themselves are made in `_bench_calls`. Nothing here prints. Racing the candidates of one problem against each
+other is planning, and lives in `_measure`.
 
-What is timed: the call itself (`F.conv2d`, `F.conv_transpose2d` …), or `aten::convolution_backward` asked for one
-gradient, in stock torch and then the very same call while `convplan.enabled()` is active. Torch has no asymmetric
-padding, so there stock torch pads or crops on its own and convplan computes the problem as it is:
-
-    fprop             F.pad, then the call         against  convplan's function, with pairs
-    dgrad             the gradient, then cropped   against  the plan
-    wgrad             the gradient, from an input that the forward pass has padded already, against  the plan
-    transposed fprop  the call, then a view of the middle  against  convplan's function, with pairs
-    its gradients     the incoming gradient is padded first  against  the plan
-
-Rounds are shuffled: in each, both sides are sampled once, in random order, so that a drifting clock hits both. A sample
+Rounds are shuffled: in each, every side is sampled once, in random order, so that a drifting clock hits all. A sample
 is the mean of as many calls as make it long against the clock's resolution. Entering and leaving `enabled()` and one
 call after it stay outside. Garbage is collected before, not during.
 """
@@ -21,29 +13,29 @@ call after it stay outside. Garbage is collected before, not during.
 from __future__ import annotations
 
 import datetime
-import functools
 import gc
 import math
 import random
 import statistics
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
 from convplan import __version__, _environment
+from convplan._bench_calls import Call, Side, contenders, runs_a_ready_plan
 from convplan._measure import half_interquartile_range
 from convplan._policy import Policy
-from convplan._problem_files import NamedProblem, leftover
+from convplan._problem_files import NamedProblem
+from convplan._regret import Regret
 
 if TYPE_CHECKING:
-    import torch
-
     from convplan._plan import PlanRecord
 
-LOSS = 0.97  # stock / convplan below this is a loss: more than what two equal calls differ by
+LOSS = 0.98  # stock / convplan below this is a loss
+CLEAR_LOSS = 0.97  # below this it is more than what two equal calls on a busy CPU differ by
 MIN_ROUNDS = 5
 SLOW_US = 500_000.0  # a call this long needs no untimed one before it, and gets fewer rounds
 SLOW_ROUNDS = 2
@@ -51,18 +43,34 @@ MAX_ROUNDS = 1_000
 MIN_SAMPLE_US = 15_000.0  # shorter calls are repeated inside one sample, so that what switching sides costs fades
 SETTLING_CALLS = 2  # untimed: switching sides empties caches, ours and the processor's
 MAX_REPEATS = 1_000
-REPORT_SCHEMA = 1
-
-Call = Callable[[], object]
+RESOLUTION_US = 1e-3  # of the clocks; shorter times are taken for that
+REPORT_SCHEMA = 2
+HOST_CLOCK, GRAPH, EVENTS = "host clock", "CUDA graph", "events around launches"  # how a side can be timed
 
 
 class Timing(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """One side: the call in words, its samples in microseconds per call, their median and half interquartile range."""
+    """One side, in microseconds per call.
+
+    Args:
+        call: in words.
+        median_us, spread_us: middle and half the interquartile range of the samples.
+        samples_us: one for each round.
+        how: what timed it, `host clock`, `CUDA graph` or `events around launches`.
+        kernels: what the call ran on the GPU, in order; looked up for losses only.
+    """
 
     call: str
     median_us: float
     spread_us: float
     samples_us: tuple[float, ...]
+    how: str = HOST_CLOCK
+    kernels: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, call: str, samples_us: Sequence[float], how: str = HOST_CLOCK, kernels: Sequence[str] = ()) -> Timing:
+        """A timing of at least one sample."""
+        middle, spread = statistics.median(samples_us), half_interquartile_range(samples_us)
+        return cls(call, middle, spread, tuple(samples_us), how, tuple(kernels))
 
 
 class Comparison(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -74,11 +82,18 @@ class Comparison(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
         problem: what was computed, in words.
         key: of the plan, empty when none was made.
         chosen: engine and knobs of the plan.
+        effort: that found the plan.
+        planning_s: seconds that finding it took, when that was; None without a plan.
         from_plan: the calls that were timed ran that plan. False: something else served them, such as stock torch for
             a problem that convplan does not plan.
+        stock_as_is: the plan is nothing but stock torch's own call.
         stock, convplan: the two sides.
-        repeats: calls in one sample.
+        compiled: torch.compile, where it was asked for and applies.
+        repeats: calls in one sample, or on a GPU replays of a graph.
         ratio: stock's median over convplan's; above 1 convplan is faster.
+        paired_ratio, paired_spread: median and half interquartile range of the same ratio taken inside each round,
+            between neighbours in time.
+        regret: how much better convplan could have chosen, where that was asked for.
     """
 
     name: str
@@ -86,18 +101,66 @@ class Comparison(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
     suite: str
     op: str
     problem: str
-    key: str
-    chosen: str
+    key: str = ""
+    chosen: str = ""
+    effort: str = ""
+    planning_s: float | None = None
     from_plan: bool
+    stock_as_is: bool = False
     stock: Timing
     convplan: Timing
+    compiled: Timing | None = None
     repeats: int
     ratio: float
+    paired_ratio: float
+    paired_spread: float
+    regret: Regret | None = None
 
     @property
     def is_loss(self) -> bool:
-        """Slower than stock torch by more than two equal calls differ."""
+        """Slower than stock torch."""
         return self.ratio < LOSS
+
+    @property
+    def reason(self) -> str:
+        """Why convplan was slower, as far as the data tells; empty when it was not."""
+        if self.ratio >= 1:
+            return ""
+        if not self.from_plan:
+            return "not run by a plan"
+        if self.stock_as_is:
+            return "same kernel on both sides: the plan is stock torch's own call"
+        if self.stock.kernels and self.stock.kernels == self.convplan.kernels:
+            return "same kernel on both sides"
+        if 1 - self.paired_ratio <= self.paired_spread:
+            return "spread larger than the difference"
+        if self.stock.how != self.convplan.how:
+            return f"timed differently: stock torch by {self.stock.how}, convplan by {self.convplan.how}"
+        return "really slower"
+
+
+class Failure(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A problem that could not be compared: which side failed (`stock`, `convplan` or `compile`), and how.
+
+    When that was `compile`, the other two were compared all the same.
+    """
+
+    name: str
+    suite: str
+    side: str
+    error: str
+
+
+class Total(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """What all problems of one suite come to; suite `all` is every problem."""
+
+    suite: str
+    problems: int
+    geometric_mean: float
+    worst: float
+    below_0_98: int
+    below_0_97: int
+    geometric_mean_compiled: float | None = None  # torch.compile over convplan, where both ran
 
 
 class BenchReport(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -108,9 +171,39 @@ class BenchReport(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     version: str
     environments: tuple[str, ...]
     policy: str
+    stock: str = ""  # how stock torch was set
     geometric_mean: float
     losses: tuple[str, ...]
+    totals: tuple[Total, ...]
     comparisons: tuple[Comparison, ...]
+    failures: tuple[Failure, ...] = ()
+
+
+def comparison(
+    named: NamedProblem, stock: Timing, ours: Timing, *, repeats: int, problem: str, from_plan: bool, **known: Any
+) -> Comparison:
+    """Both sides' timings of one problem, whose samples are of the same rounds, with their ratios."""
+    pairs = [_ratio(one, other) for one, other in zip(stock.samples_us, ours.samples_us, strict=True)]
+    return Comparison(
+        name=named.name,
+        model=named.model,
+        suite=named.suite,
+        op=named.op,
+        problem=problem,
+        from_plan=from_plan,
+        stock=stock,
+        convplan=ours,
+        repeats=repeats,
+        ratio=_ratio(stock.median_us, ours.median_us),
+        paired_ratio=statistics.median(pairs),
+        paired_spread=half_interquartile_range(pairs),
+        **known,
+    )
+
+
+def _ratio(stock_us: float, convplan_us: float) -> float:
+    """Above 1 convplan is faster. What an empty problem runs on a GPU can take no time at all."""
+    return max(stock_us, RESOLUTION_US) / max(convplan_us, RESOLUTION_US)
 
 
 def compare(
@@ -131,26 +224,33 @@ def compare(
     import torch
 
     with torch.no_grad(), _torch_flags(named):
-        stock, ours, record = _contenders(named, named.policy(policy or Policy()))
+        stock, ours, record = contenders(named, named.policy(policy or Policy()))
         race = _Race(stock, ours, named.problem.device, seed)
         race.warm_up()
-        from_plan = record is not None and _runs_a_ready_plan(ours)
+        from_plan = record is not None and runs_a_ready_plan(ours)
         race.run(seconds, rounds)
     stock_timing, our_timing = race.timings()
-    return Comparison(
-        name=named.name,
-        model=named.model,
-        suite=named.suite,
-        op=named.op,
-        problem=str(named.problem if record is None else record.problem),
-        key="" if record is None else record.key,
-        chosen="" if record is None else str(record.config),
-        from_plan=from_plan,
-        stock=stock_timing,
-        convplan=our_timing,
+    known = {} if record is None else plan_facts(record)
+    return comparison(
+        named,
+        stock_timing,
+        our_timing,
         repeats=race.repeats,
-        ratio=stock_timing.median_us / our_timing.median_us,
+        problem=str(named.problem if record is None else record.problem),
+        from_plan=from_plan,
+        **known,
     )
+
+
+def plan_facts(record: PlanRecord) -> dict[str, Any]:
+    """What a comparison says of a plan."""
+    return {
+        "key": record.key,
+        "chosen": str(record.config),
+        "effort": record.effort,
+        "planning_s": record.planning_s,
+        "stock_as_is": bool(record.build().as_torch),
+    }
 
 
 def compare_record(record: PlanRecord, *, seconds: float = 0.5) -> tuple[float, float]:
@@ -166,18 +266,52 @@ def compare_record(record: PlanRecord, *, seconds: float = 0.5) -> tuple[float, 
 
 
 def bench_report(
-    comparisons: Sequence[Comparison], policy: Policy | None = None, *, devices: Iterable[str] = ("cpu",)
+    comparisons: Sequence[Comparison],
+    policy: Policy | None = None,
+    *,
+    failures: Sequence[Failure] = (),
+    environments: Iterable[str] | None = None,
+    stock: str = "",
 ) -> BenchReport:
-    """Comparisons with what is needed to read them later: machine, versions, policy and the totals."""
+    """Comparisons with what is needed to read them later: machine, versions, policy and the totals.
+
+    Args:
+        comparisons: of one run.
+        policy: that they were planned by. None: the default one.
+        failures: what could not be compared.
+        environments: of the processes that ran them, in words. None: this one's, on the CPU.
+        stock: how stock torch was set, in words.
+    """
+    suites = sorted({one.suite for one in comparisons})
+    totals = [_total(suite, [one for one in comparisons if one.suite == suite]) for suite in suites if len(suites) > 1]
     return BenchReport(
         schema=REPORT_SCHEMA,
         created=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         version=__version__,
-        environments=tuple(str(_environment.current(device)) for device in sorted(set(devices))),
+        environments=(str(_environment.current("cpu")),) if environments is None else tuple(sorted(set(environments))),
         policy=str(policy or Policy()),
-        geometric_mean=geometric_mean(comparison.ratio for comparison in comparisons),
-        losses=tuple(comparison.name for comparison in comparisons if comparison.is_loss),
+        stock=stock,
+        geometric_mean=geometric_mean(one.ratio for one in comparisons),
+        losses=tuple(one.name for one in comparisons if one.is_loss),
+        totals=(*totals, _total("all", comparisons)),
         comparisons=tuple(comparisons),
+        failures=tuple(failures),
+    )
+
+
+def _total(suite: str, comparisons: Sequence[Comparison]) -> Total:
+    ratios = [one.ratio for one in comparisons]
+    compiled = [
+        _ratio(one.compiled.median_us, one.convplan.median_us) for one in comparisons if one.compiled is not None
+    ]
+    return Total(
+        suite=suite,
+        problems=len(ratios),
+        geometric_mean=geometric_mean(ratios),
+        worst=min(ratios, default=1.0),
+        below_0_98=sum(ratio < LOSS for ratio in ratios),
+        below_0_97=sum(ratio < CLEAR_LOSS for ratio in ratios),
+        geometric_mean_compiled=geometric_mean(compiled) if compiled else None,
     )
 
 
@@ -190,18 +324,10 @@ def geometric_mean(ratios: Iterable[float]) -> float:
 # ---- the race
 
 
-class _Side(NamedTuple):
-    """One way to compute the problem: the call in words, the call, and what is active around it."""
-
-    wording: str
-    call: Call
-    active: Callable[[], AbstractContextManager[object]]
-
-
 class _Race:
     """Samples of both sides in shuffled rounds."""
 
-    def __init__(self, stock: _Side, ours: _Side, device: str, seed: int) -> None:
+    def __init__(self, stock: Side, ours: Side, device: str, seed: int) -> None:
         self.repeats = 1
         self._slow = False
         self._sides = (stock, ours)
@@ -234,12 +360,10 @@ class _Race:
 
     def timings(self) -> list[Timing]:
         """Both sides' times, stock torch first."""
-        return [
-            Timing(side.wording, statistics.median(samples), half_interquartile_range(samples), tuple(samples))
-            for side, samples in zip(self._sides, self._samples, strict=True)
-        ]
+        pairs = zip(self._sides, self._samples, strict=True)
+        return [Timing.of(side.wording, samples) for side, samples in pairs]
 
-    def _sample(self, side: _Side) -> float:
+    def _sample(self, side: Side) -> float:
         """Microseconds per call. A few calls go untimed before, unless they are slow."""
         call = side.call
         with side.active():
@@ -251,21 +375,6 @@ class _Race:
                 call()
             self._synchronize()
             return (time.perf_counter_ns() - begin) / 1e3 / self.repeats
-
-
-def _runs_a_ready_plan(side: _Side) -> bool:
-    """Whether the side's calls, after the first, run a remembered plan and do nothing else."""
-    if side.active is nullcontext:
-        return True
-    import convplan
-
-    with side.active():
-        side.call()
-        before = convplan.stats()
-        side.call()
-        after = convplan.stats()
-    unchanged = ("misses", "planned", "fell_back", "failed")
-    return after["hits"] > before["hits"] and all(after[name] == before[name] for name in unchanged)
 
 
 @contextmanager
@@ -298,196 +407,3 @@ def _torch_flags(named: NamedProblem) -> Iterator[None]:
         return
     with torch.backends.cudnn.flags(enabled=True, benchmark=True, allow_tf32=named.allow_tf32):
         yield
-
-
-# ---- the calls
-
-
-def _contenders(named: NamedProblem, policy: Policy) -> tuple[_Side, _Side, PlanRecord | None]:
-    """Stock torch, convplan, and the record that convplan's calls run by (None for a problem that is not planned)."""
-    import convplan
-
-    tensors = _tensors(named)
-    arguments = _arguments(named)
-    stock = _Side(*_stock_call(named, arguments, tensors), nullcontext)
-    if arguments.pads and named.op != "fprop":
-        record = convplan.tune([named.problem], policy=policy)[0]
-        run = functools.partial(record.build().run, *_plan_arguments(named, tensors))
-        return stock, _Side("Plan.run", run, nullcontext), record
-    wording, call = _paired_call(named, tensors, policy) if arguments.pads else (stock.wording, stock.call)
-    ours = _Side(wording, call, functools.partial(convplan.enabled, policy))
-    # Planned is what the call really asks for, not the file's problem: torch has the last word on layouts.
-    with convplan.capture() as asked:
-        call()
-    wanted = [problem for problem in asked if not problem.is_empty]
-    records = convplan.tune(wanted, policy=policy)
-    return stock, ours, records[0] if records else None
-
-
-class _Tensors(NamedTuple):
-    """The tensors of the call as its user sees them; the output stands for the gradient that comes in."""
-
-    source: torch.Tensor
-    weight: torch.Tensor
-    target: torch.Tensor
-    bias: torch.Tensor | None
-
-
-def _tensors(named: NamedProblem) -> _Tensors:
-    import torch
-
-    from convplan._inputs import random_inputs
-    from convplan.engines._support import empty
-
-    problem, device = named.problem, torch.device(named.problem.device)
-    first, second, bias = random_inputs(problem, device)
-    written = empty(problem.output, device).zero_()
-    x, w, y = {
-        "fprop": (first, second, written),
-        "dgrad": (written, second, first),
-        "wgrad": (first, written, second),
-    }[problem.op]
-    return _Tensors(y, w, x, bias) if named.transposed else _Tensors(x, w, y, bias)
-
-
-def _plan_arguments(named: NamedProblem, tensors: _Tensors) -> tuple[torch.Tensor, torch.Tensor]:
-    """The two tensors that `Plan.run` takes."""
-    x, y = (tensors.target, tensors.source) if named.transposed else (tensors.source, tensors.target)
-    return {"fprop": (x, tensors.weight), "dgrad": (y, tensors.weight), "wgrad": (x, y)}[named.problem.op]
-
-
-class _Arguments(NamedTuple):
-    """The arguments of torch's call, and in `pads` what they cannot express.
-
-    `pads` is for `F.pad`, around the problem's x (which is the output of a transposed call), and replaces any padding
-    in the call itself; empty where torch's own padding does.
-    """
-
-    padding: tuple[int, ...]
-    output_padding: tuple[int, ...]
-    pads: tuple[int, ...]
-
-
-def _arguments(named: NamedProblem) -> _Arguments:
-    problem = named.problem
-    none = (0,) * problem.spatial_rank
-    befores = tuple(before for before, _ in problem.padding)
-    if not named.transposed:
-        if all(before == after for before, after in problem.padding):
-            return _Arguments(befores, none, ())
-        return _Arguments(none, none, _flat(problem.padding))
-
-    # The output of a transposed call without padding, and what it lacks or has too much with the same padding on both
-    # sides: output_padding can add a little, and the rest is cut off.
-    sizes = problem.x.dims[2:]
-    whole = [
-        (size - 1) * step + dilation * (taps - 1) + 1
-        for size, step, dilation, taps in zip(
-            problem.y.dims[2:], problem.stride, problem.dilation, problem.w.dims[2:], strict=True
-        )
-    ]
-    lacking = tuple(size + 2 * before - all_ for size, before, all_ in zip(sizes, befores, whole, strict=True))
-    limits = map(max, problem.stride, problem.dilation)
-    if all(0 <= more < limit for more, limit in zip(lacking, limits, strict=True)):
-        return _Arguments(befores, lacking, ())
-    added = tuple(max(size + before - all_, 0) for size, before, all_ in zip(sizes, befores, whole, strict=True))
-    cut = [
-        (before, all_ + more - size - before)
-        for before, all_, more, size in zip(befores, whole, added, sizes, strict=True)
-    ]
-    return _Arguments(none, added, _flat(cut))
-
-
-def _flat(pairs: Sequence[tuple[int, int]]) -> tuple[int, ...]:
-    """Padding as `F.pad` takes it: the last dimension first."""
-    return tuple(side for pair in reversed(pairs) for side in pair)
-
-
-def _stock_call(named: NamedProblem, arguments: _Arguments, tensors: _Tensors) -> tuple[str, Call]:
-    """What a user of stock torch writes for this problem, in words and ready to be called."""
-    import torch.nn.functional as F
-
-    name = _function_name(named)
-    source, weight, target, bias = tensors
-    pads = list(arguments.pads)
-    if named.op == "fprop":
-        forward = functools.partial(getattr(F, name), weight=weight, bias=bias, **_keywords(named, arguments))
-        if not pads:
-            return f"F.{name}", functools.partial(forward, source)
-        if not named.transposed:
-            return f"F.pad, F.{name}", lambda: forward(F.pad(source, pads))
-        middle = [slice(pads[2 * i], pads[2 * i] + size) for i, size in enumerate(reversed(target.shape[2:]))][::-1]
-        return f"F.{name}, slice", lambda: forward(source)[(..., *middle)]
-
-    words = f"{'input' if named.op == 'dgrad' else 'weight'} gradient of {name}"
-    gradient = _gradient(named, arguments)
-    if not pads:
-        return words, functools.partial(gradient, source, weight, target)
-    if named.transposed:
-        return f"F.pad, {words}", lambda: gradient(source, weight, F.pad(target, pads))
-    padded = F.pad(source, pads)
-    if named.op == "wgrad":
-        return f"{words} from padded input", functools.partial(gradient, padded, weight, target)
-    crop = [-pad for pad in pads]
-    return f"{words}, F.pad", lambda: F.pad(gradient(padded, weight, target), crop)
-
-
-def _gradient(
-    named: NamedProblem, arguments: _Arguments
-) -> Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]:
-    """One gradient from (input, weight, gradient of the output), by the operator that autograd calls."""
-    import torch
-
-    problem = named.problem
-    index = 0 if named.op == "dgrad" else 1
-    backward = torch.ops.aten.convolution_backward.default
-    fixed = (
-        None,  # bias sizes: its gradient is not asked for
-        problem.stride,
-        arguments.padding,
-        problem.dilation,
-        named.transposed,
-        arguments.output_padding,
-        problem.groups,
-        [index == 0, index == 1, False],
-    )
-
-    def gradient(source: torch.Tensor, weight: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-        found: torch.Tensor = backward(target, source, weight, *fixed)[index]
-        return found
-
-    return gradient
-
-
-def _paired_call(named: NamedProblem, tensors: _Tensors, policy: Policy) -> tuple[str, Call]:
-    """convplan's own function, whose padding may be pairs."""
-    import convplan
-
-    name = _function_name(named)
-    call = functools.partial(
-        getattr(convplan, name),
-        tensors.source,
-        tensors.weight,
-        tensors.bias,
-        **_keywords(named, None),
-        policy=policy,
-    )
-    return f"convplan.{name}", call
-
-
-def _function_name(named: NamedProblem) -> str:
-    return f"conv{'_transpose' if named.transposed else ''}{named.problem.spatial_rank}d"
-
-
-def _keywords(named: NamedProblem, arguments: _Arguments | None) -> dict[str, Any]:
-    """Keyword arguments of a forward call, alike in torch and convplan; None: the problem's padding, as pairs."""
-    problem = named.problem
-    keywords: dict[str, Any] = {
-        "stride": problem.stride,
-        "padding": problem.padding if arguments is None else arguments.padding,
-        "dilation": problem.dilation,
-        "groups": problem.groups,
-    }
-    if named.transposed:
-        keywords["output_padding"] = leftover(problem) if arguments is None else arguments.output_padding
-    return keywords

@@ -1,20 +1,21 @@
 """The database under the plan store: tables, opening, transactions, and the one place where its errors get a name.
 
-What a row means is decided in `_store`; this module only brings rows in and out, safely. It is the only one that
-imports SQLAlchemy (a quarter of a second), and `_store` imports it when a store is first used.
+What a row means is decided in `_rows`, `_serialized` and `_learned`; this module only brings rows in and out, safely.
+It is the only one that imports SQLAlchemy (a quarter of a second), and `_store` imports it when something is written or
+listed; plans in a SQLite file are read without it, see `_snapshot`.
 
-Everything is plain SQLAlchemy Core and works on any database it has a dialect for, except the section on SQLite files,
-which deals with what a file can suffer: two processes, a foreign file, a read-only directory, a fork.
+Everything is plain SQLAlchemy Core and works on any database it has a dialect for. What SQLite files can suffer (two
+processes, a foreign file, a read-only directory, a fork) is dealt with in `_sqlite`.
+
+Tables of schema 1 had no serialized plans and no errata. They are read as they are, and the first write adds what is
+missing, so that looking at a store never changes it.
 """
 
 from __future__ import annotations
 
-import atexit
 import contextlib
-import enum
 import functools
 import logging
-import os
 import sqlite3
 import threading
 import time
@@ -25,72 +26,25 @@ from pathlib import Path
 import sqlalchemy as sa
 from sqlalchemy.exc import ArgumentError, DBAPIError, IntegrityError, NoSuchModuleError, SQLAlchemyError
 
-from convplan._errors import StoreBusy, StoreError, StoreMismatch
+from convplan._errors import StoreError, StoreMismatch
+from convplan._sqlite import META_TABLE, connect, default_wait_s, file_identity, named_error, open_file, watch
 
 log = logging.getLogger("convplan.store")
 
-STORE_SCHEMA = 1  # of the tables below; the records inside have a number of their own, `_store.ROW_SCHEMA`
+STORE_SCHEMA = 2  # of the tables below; the records inside have a number of their own, `_rows.ROW_SCHEMA`
+OLDER_SCHEMAS = (1,)  # that are read, and upgraded by the first write
 CREATE_ATTEMPTS = 5  # several processes may create the tables of one database at the same moment
 _WRITE = "convplan_write"  # execution option: this transaction is going to write
-
-PRAGMAS: dict[str, object] = {  # for every connection to a SQLite file
-    "busy_timeout": 5_000,  # milliseconds to wait for another process's write, then StoreBusy
-    "synchronous": "normal",  # with a write-ahead log a power cut can undo the last commits, a killed process none
-    "journal_size_limit": 4 * 2**20,  # bytes; gives the log's space back after a large import
-    "cell_size_check": "on",  # a damaged page is reported instead of being read as rows
-    "trusted_schema": "off",  # a file from elsewhere cannot run functions through its views and triggers
-}
-FILE_PRAGMAS: dict[str, object] = {  # kept in the file itself, so set only once the file is known to be a plan store
-    "journal_mode": "wal",  # readers go on reading while one process writes; killing that one loses only its own row
-}
-
-
-class Sqlite(enum.IntEnum):
-    """SQLite's primary result codes that mean something for a plan store (sqlite.org/rescode.html)."""
-
-    PERM = 3
-    BUSY = 5
-    LOCKED = 6
-    READONLY = 8
-    IOERR = 10
-    CORRUPT = 11
-    FULL = 13
-    CANTOPEN = 14
-    NOTADB = 26
-
-
-SQLITE_REASONS: dict[int, str] = {  # what they mean here and what to do; for other codes SQLite's own words are given
-    Sqlite.PERM: "the file may not be opened; check its permissions",
-    Sqlite.READONLY: "the plan store is read-only here; give write permission, or set CONVPLAN_CACHE_DIR or "
-    "CONVPLAN_STORE to a place that can be written",
-    Sqlite.IOERR: "reading or writing the file failed (disk error, file size limit, or a network drive that went "
-    "away), so this write was undone",
-    Sqlite.CORRUPT: "the file is damaged or cut short; it is left as it is. Put back a copy, or move it away and a new "
-    "store is begun",
-    Sqlite.FULL: "the disk or quota is full, so this write was undone; free some space and try again",
-    Sqlite.CANTOPEN: "the file cannot be opened or created; check that its directory exists and may be written",
-    Sqlite.NOTADB: "the file is not a SQLite database, expected a convplan plan store; it is left as it is. Set "
-    "CONVPLAN_STORE to another path",
-}
-SQLITE_WORDS: dict[str, int] = {  # Python tells the code only from 3.11 on; before, these fixed texts of SQLite do
-    "access permission denied": Sqlite.PERM,
-    "database is locked": Sqlite.BUSY,
-    "database table is locked": Sqlite.LOCKED,
-    "attempt to write a readonly database": Sqlite.READONLY,
-    "disk I/O error": Sqlite.IOERR,
-    "database disk image is malformed": Sqlite.CORRUPT,
-    "database or disk is full": Sqlite.FULL,
-    "unable to open database file": Sqlite.CANTOPEN,
-    "file is not a database": Sqlite.NOTADB,
-}
 
 metadata = sa.MetaData()
 
 # MySQL's plain TEXT ends at 64 KiB, which the record of a long race can exceed.
 _LONG_TEXT = sa.Text().with_variant(sa.Text(2**24 - 1), "mysql", "mariadb")
+# The same with BLOB; of this length MySQL takes LONGBLOB, since MEDIUMBLOB ends a byte before 16 MiB.
+_LONG_BYTES = sa.LargeBinary().with_variant(sa.LargeBinary(2**25), "mysql", "mariadb")
 
 meta = sa.Table(
-    "convplan_meta",
+    META_TABLE,
     metadata,
     sa.Column("name", sa.String(64), primary_key=True),
     sa.Column("value", sa.String(255), nullable=False),
@@ -112,13 +66,65 @@ plans = sa.Table(
     sa.Column("record", _LONG_TEXT, nullable=False),
 )
 
-_P = plans.c
+serialized = sa.Table(
+    "convplan_serialized",
+    metadata,
+    sa.Column("key", sa.String(32), primary_key=True),
+    sa.Column("config_key", sa.String(32), primary_key=True),
+    sa.Column("config", _LONG_TEXT, nullable=False),
+    sa.Column("format", sa.String(32), nullable=False),
+    sa.Column("size", sa.Integer, nullable=False),
+    sa.Column("checksum", sa.String(64), nullable=False),
+    sa.Column("version", sa.String(64), nullable=False),
+    sa.Column("created", sa.String(64), nullable=False),
+    sa.Column("provenance", sa.String(255), nullable=False),
+    sa.Column("data", _LONG_BYTES, nullable=False),
+)
+
+errata = sa.Table(
+    "convplan_errata",
+    metadata,
+    sa.Column("id", sa.String(32), primary_key=True),
+    sa.Column("schema", sa.Integer, nullable=False),
+    sa.Column("device", sa.String(64), nullable=False),
+    sa.Column("engine", sa.String(64), nullable=False),
+    sa.Column("checksum", sa.String(64), nullable=False),
+    sa.Column("erratum", _LONG_TEXT, nullable=False),
+)
+
+_P, _S, _E = plans.c, serialized.c, errata.c
 one_row = sa.select(plans).where(_P.key == sa.bindparam("key"))
 next_rows = sa.select(plans).where(_P.key > sa.bindparam("after")).order_by(_P.key).limit(sa.bindparam("count"))
 environments_of = sa.select(_P.environment).distinct().where(_P.choice_key == sa.bindparam("choice"))
 insert_row = sa.insert(plans)
 # Replaces the row only while it is still the one that was looked at: the checksum changes with every change of a row.
 replace_row = sa.update(plans).where(_P.key == sa.bindparam("seen_key"), _P.checksum == sa.bindparam("seen_checksum"))
+
+# For `RawRow`s: a whole environment at once, where there are not too many rows to look through.
+count_rows = sa.select(sa.func.count()).select_from(plans)
+rows_of_environment = sa.select(_P.key, _P.schema, _P.checksum, _P.record).where(
+    _P.environment == sa.bindparam("environment")
+)
+
+_PART = (_S.key, _S.config, _S.format, _S.size, _S.checksum, _S.version, _S.created, _S.provenance, _S.data)  # RawPart
+one_part = sa.select(*_PART).where(_S.key == sa.bindparam("key"), _S.config_key == sa.bindparam("config_key"))
+parts_of = sa.select(*_PART).where(_S.key == sa.bindparam("key")).order_by(_S.config_key)
+part_keys = sa.select(_S.key).distinct().order_by(_S.key)
+insert_part = sa.insert(serialized)
+delete_parts = sa.delete(serialized).where(_S.key == sa.bindparam("seen_key"))
+delete_part = sa.delete(serialized).where(
+    _S.key == sa.bindparam("seen_key"), _S.config_key == sa.bindparam("seen_config_key")
+)
+delete_orphans = sa.delete(serialized).where(_S.key.not_in(sa.select(_P.key)))
+
+all_errata = sa.select(_E.id, _E.schema, _E.checksum, _E.erratum).order_by(_E.id)  # RawErratum
+errata_of_device = all_errata.where(_E.device == sa.bindparam("device"))
+one_erratum = all_errata.where(_E.id == sa.bindparam("id"))
+count_errata = sa.select(sa.func.count()).select_from(errata)
+insert_erratum = sa.insert(errata)
+replace_erratum = sa.update(errata).where(
+    _E.id == sa.bindparam("seen_id"), _E.checksum == sa.bindparam("seen_checksum")
+)
 
 
 class LostRace(Exception):
@@ -137,21 +143,23 @@ class Database:
 
     def __init__(self, *, url: str | None, path: Path | None, shown: str, wait_s: float | None = None) -> None:
         self.shown = shown
-        self.wait_s = _default_wait_s() if wait_s is None else wait_s
+        self.wait_s = default_wait_s() if wait_s is None else wait_s
         self._url = url
         self._path = path
         self._lock = threading.RLock()
         self._engine: sa.Engine | None = None
         self._file: tuple[int, int] | None = None  # device and inode of the open file
         self._unlocked_view = False  # opened without locks (immutable): reopened for every transaction
-        _databases.add(self)
+        self._is_older = False  # tables of an older schema, to be upgraded by the first write
+        watch(self)
 
     @contextlib.contextmanager
-    def session(self, *, write: bool = False) -> Iterator[sa.Connection]:
+    def session(self, *, write: bool = False, upgrade: bool = True) -> Iterator[sa.Connection]:
         """One transaction: committed at the end, undone on any error.
 
         Threads take turns. On SQLite a writer takes the write lock at the start, so that what it reads stays true until
-        it commits; a reader sees, with each statement, the last committed state and blocks nobody.
+        it commits; a reader sees, with each statement, the last committed state and blocks nobody. A writer upgrades
+        older tables first, unless `upgrade` is False.
 
         Raises:
             StoreError, StoreBusy, StoreMismatch: whatever the database said, with its cause attached.
@@ -159,7 +167,10 @@ class Database:
         """
         with self._lock, self._named():
             try:
-                with self._opened().connect() as connection:
+                engine = self._opened()
+                if write and upgrade and self._is_older:
+                    self._make_tables(engine)
+                with engine.connect() as connection:
                     connection.execution_options(**{_WRITE: write})
                     with connection.begin():
                         yield connection
@@ -168,6 +179,12 @@ class Database:
                 raise
             if self._unlocked_view:
                 self.close()
+
+    def is_older(self, connection: sa.Connection) -> bool:
+        """Whether the tables are those of an older schema still: no serialized plans, no errata."""
+        if self._is_older:
+            self._is_older = _schema_number(connection) != str(STORE_SCHEMA)  # somebody else may have upgraded it
+        return self._is_older
 
     def close(self) -> None:
         """Close the connection; the next transaction opens a new one."""
@@ -197,7 +214,7 @@ class Database:
         return () if found == ["ok"] else tuple(found)
 
     def _opened(self) -> sa.Engine:
-        if self._engine is not None and self._path is not None and _identity(self._path) != self._file:
+        if self._engine is not None and self._path is not None and file_identity(self._path) != self._file:
             self.close()  # deleted or exchanged under us: writing on would fill a file that nobody can find
         if self._engine is None:
             engine = self._make_engine()
@@ -206,7 +223,7 @@ class Database:
             except BaseException:
                 engine.dispose()
                 raise
-            self._file = None if self._path is None else _identity(self._path)
+            self._file = None if self._path is None else file_identity(self._path)
             self._engine = engine
         return self._engine
 
@@ -234,20 +251,34 @@ class Database:
 
     def _prepare(self, engine: sa.Engine) -> None:
         """Check the schema, making the tables in a new database."""
+        with engine.connect() as connection:
+            found, complete = self._known_schema(connection), sa.inspect(connection).has_table(plans.name)
+        self._is_older = complete and found is not None and found != str(STORE_SCHEMA)
+        if found is None or not complete:
+            self._make_tables(engine)
+
+    def _known_schema(self, connection: sa.Connection) -> str | None:
+        found = _schema_number(connection)
+        if found is not None and found not in map(str, (STORE_SCHEMA, *OLDER_SCHEMAS)):
+            raise StoreMismatch(path=self.shown, found=found, expected=str(STORE_SCHEMA))
+        return found
+
+    def _make_tables(self, engine: sa.Engine) -> None:
+        """Make what is missing and write the schema down, in one transaction where the database can; rows stay."""
         for attempt in range(CREATE_ATTEMPTS):
-            with engine.connect() as connection:
-                found, complete = _schema_number(connection), sa.inspect(connection).has_table(plans.name)
-            if found not in (None, str(STORE_SCHEMA)):
-                raise StoreMismatch(path=self.shown, found=str(found), expected=str(STORE_SCHEMA))
-            if found is not None and complete:
-                return
             try:
                 with engine.connect() as connection:
                     connection.execution_options(**{_WRITE: True})
                     with connection.begin():
+                        found = self._known_schema(connection)
                         metadata.create_all(connection)
-                        if _schema_number(connection) is None:
+                        if found is None:
                             connection.execute(sa.insert(meta).values(name="schema", value=str(STORE_SCHEMA)))
+                        elif found != str(STORE_SCHEMA):
+                            changed = sa.update(meta).where(meta.c.name == "schema").values(value=str(STORE_SCHEMA))
+                            connection.execute(changed)
+                            log.info("%s: upgraded from schema %s to %s", self.shown, found, STORE_SCHEMA)
+                self._is_older = False
                 return
             except DBAPIError as exc:
                 # Not every database can create tables in a transaction: another process may be half way through.
@@ -269,11 +300,9 @@ class Database:
             raise self._name(exc) from exc
 
     def _name(self, exc: BaseException) -> StoreError:
-        code = _sqlite_code(exc)
-        if code in (Sqlite.BUSY, Sqlite.LOCKED):
-            return StoreBusy(path=self.shown, waited_s=self.wait_s)
-        if code in SQLITE_REASONS:
-            return StoreError(path=self.shown, reason=SQLITE_REASONS[code])
+        named = named_error(exc, self.shown, self.wait_s)
+        if named is not None:
+            return named
         if isinstance(exc, ImportError):
             return StoreError(path=self.shown, reason=f"the driver of this database is not installed: {exc}")
         if isinstance(exc, ArgumentError):
@@ -292,42 +321,13 @@ class Database:
         """Open the file for reading and writing, or as well as can be."""
         path = self._path
         if path is None:
-            return self._connect_sqlite(":memory:")
+            return connect(":memory:", shown=self.shown, wait_s=self.wait_s, mode="rwc")
         if path.is_dir():
             raise StoreError(path=self.shown, reason="is a directory, expected a file or a path where one can be made")
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._unlocked_view = False
-        try:
-            return self._connect_sqlite(f"{path.as_uri()}?mode=rwc")
-        except sqlite3.OperationalError as exc:
-            # Reading a file with a write-ahead log needs an index file beside it, which a read-only directory does not
-            # allow. Without a log there is nothing to index: all rows are in the file and it is read as it stands.
-            cannot = _sqlite_code(exc) in (Sqlite.CANTOPEN, Sqlite.READONLY)
-            if not cannot or not path.is_file() or path.with_name(f"{path.name}-wal").exists():
-                raise
-        connection = self._connect_sqlite(f"{path.as_uri()}?mode=ro&immutable=1")
-        self._unlocked_view = True
-        return connection
-
-    def _connect_sqlite(self, uri: str) -> sqlite3.Connection:
-        # Transactions are begun by `_begin_sqlite`, so the driver is told to begin none (isolation_level=None).
-        connection = sqlite3.connect(uri, uri=True, timeout=self.wait_s, isolation_level=None, check_same_thread=False)
-        try:
-            connection.text_factory = _text  # one row that is no UTF-8 must not hide the others
-            for name, value in {**PRAGMAS, "busy_timeout": round(self.wait_s * 1000)}.items():
-                connection.execute(f"PRAGMA {name}={value}")
-            tables = [str(row[0]) for row in connection.execute("SELECT name FROM sqlite_master WHERE type='table'")]
-            if tables and meta.name not in tables:
-                raise StoreError(
-                    path=self.shown,
-                    reason=f"a SQLite database of something else (tables {', '.join(tables[:5])}), expected a convplan "
-                    "plan store; it is left as it is. Set CONVPLAN_STORE to another path",
-                )
-            _set_file_pragmas(connection)
-        except BaseException:
-            connection.close()
-            raise
-        return connection
+        opened = open_file(path, shown=self.shown, wait_s=self.wait_s, mode="rwc")
+        self._unlocked_view = opened.unlocked
+        return opened.connection
 
 
 def _connect_file_of(database: weakref.ref[Database]) -> sqlite3.Connection:
@@ -335,43 +335,6 @@ def _connect_file_of(database: weakref.ref[Database]) -> sqlite3.Connection:
     if alive is None:
         raise AssertionError("convplan bug: a connection was asked of a database that is gone")
     return alive.connect_file()
-
-
-def _default_wait_s() -> float:
-    return float(str(PRAGMAS["busy_timeout"])) / 1000
-
-
-def _text(raw: bytes) -> str:
-    return raw.decode("utf-8", "replace")
-
-
-def _identity(path: Path) -> tuple[int, int] | None:
-    try:
-        found = path.stat()
-    except OSError:
-        return None
-    return found.st_dev, found.st_ino
-
-
-def _sqlite_code(exc: BaseException | None) -> int | None:
-    """SQLite's primary result code; None for an error that is not SQLite's, or that it has no code for."""
-    if not isinstance(exc, sqlite3.Error):
-        return None
-    code = getattr(exc, "sqlite_errorcode", None)
-    return SQLITE_WORDS.get(str(exc)) if code is None else int(code) & 0xFF
-
-
-def _set_file_pragmas(connection: sqlite3.Connection) -> None:
-    for name, value in FILE_PRAGMAS.items():
-        if connection.execute(f"PRAGMA {name}").fetchone() == (value,):
-            continue
-        try:
-            connection.execute(f"PRAGMA {name}={value}")
-        except sqlite3.OperationalError as exc:
-            # Read-only, or another process is using the new file this instant. The file is right without it, only
-            # readers and writers wait for each other; the next opening sets it.
-            if _sqlite_code(exc) not in (Sqlite.BUSY, Sqlite.LOCKED, Sqlite.READONLY):
-                raise
 
 
 def _begin_sqlite(connection: sa.Connection) -> None:
@@ -387,37 +350,3 @@ def _schema_number(connection: sa.Connection) -> str | None:
         return None
     found = connection.execute(sa.select(meta.c.value).where(meta.c.name == "schema")).scalar()
     return None if found is None else str(found)
-
-
-# ---- fork and exit
-#
-# SQLite keeps its locks in process memory and a child inherits that memory without the locks: a child that opens the
-# same file again would believe it holds them. So nothing is open while a process forks; both sides reopen when needed.
-# At exit a proper close folds the log into the file, so that a copy of the one file is the whole store.
-
-_databases: weakref.WeakSet[Database] = weakref.WeakSet()
-_forking = threading.Lock()
-_held: list[Database] = []
-
-
-def _before_fork() -> None:
-    _forking.acquire()
-    for database in list(_databases):
-        database.hold()
-        _held.append(database)
-
-
-def _after_fork() -> None:
-    while _held:
-        _held.pop().let_go()
-    _forking.release()
-
-
-def _close_all() -> None:
-    for database in list(_databases):
-        database.close()
-
-
-atexit.register(_close_all)
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(before=_before_fork, after_in_parent=_after_fork, after_in_child=_after_fork)

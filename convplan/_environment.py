@@ -109,7 +109,7 @@ def current(device: str, index: int | None = None) -> Environment:
                 "where they run. `convplan configs --device` lists what there is for a GPU that is elsewhere"
             )
         place = torch.cuda.current_device() if index is None else index
-        return _cuda_environment(place, torch.get_float32_matmul_precision())
+        return _cuda_environment(place, torch.get_float32_matmul_precision(), bool(torch.backends.cudnn.enabled))
     return Environment(device, (("torch", str(torch.__version__)),))
 
 
@@ -146,7 +146,7 @@ def _cpu_environment(state: LiveState) -> Environment:
 
 
 @functools.lru_cache(maxsize=64)
-def _cuda_environment(index: int, matmul_precision: str) -> Environment:
+def _cuda_environment(index: int, matmul_precision: str, cudnn: bool) -> Environment:
     import torch
 
     properties = torch.cuda.get_device_properties(index)
@@ -158,7 +158,7 @@ def _cuda_environment(index: int, matmul_precision: str) -> Environment:
             ("multiprocessors", str(properties.multi_processor_count)),
             ("torch", str(torch.__version__)),
             ("cuda", str(torch.version.cuda)),
-            ("cudnn", _guarded(lambda: str(torch.backends.cudnn.version()))),
+            ("cudnn", _guarded(lambda: str(torch.backends.cudnn.version())) if cudnn else "off"),
             ("matmul_precision", matmul_precision),
         ),
     )

@@ -2,17 +2,19 @@
 
 The format is a `PlanFile`, published as JSON Schema in `convplan/schemas/plans.schema.json` (made from the struct by
 `scripts/write_plan_schema.py`). Files come from anywhere, so reading is strict: bounded in size, no unknown fields,
-every record checked like a new one and again by `record_trouble`, and nothing in a file is ever executed. What a row
-of the store is, and which of two plans for one key stays, is decided in `_store`.
+every record checked like a new one and again by `record_trouble`, every serialized plan unpacked within bounds and
+held against its checksum, and nothing in a file is executed by reading it. What a row of the store is, and which of two
+plans for one key stays, is decided in `_store`; what a serialized plan is, in `_serialized`.
 """
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 import uuid
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, Literal
@@ -23,6 +25,8 @@ from convplan._environment import Environment
 from convplan._errors import PlanFileError, StoreError, StoreMismatch
 from convplan._plan import PlanRecord
 from convplan._policy import EFFORTS
+from convplan._rows import MAX_LABEL
+from convplan._serialized import MAX_PARTS, Part, part_trouble
 from convplan._store import (
     CheckReport,
     Deleted,
@@ -34,8 +38,9 @@ from convplan._store import (
 )
 
 FORMAT = "convplan-plans"
-FILE_SCHEMA = 1  # goes up when an older convplan could not read the file, or would misread it
-MAX_FILE_BYTES = 64 * 2**20
+FILE_SCHEMA = 2  # goes up when an older convplan could not read the file, or would misread it
+OLDER_SCHEMAS = (1,)  # that are read too; they hold no serialized plans
+MAX_FILE_BYTES = 256 * 2**20
 MAX_PLANS = 100_000
 SCHEMA_FILE = Path(__file__).parent / "schemas" / "plans.schema.json"
 
@@ -65,6 +70,8 @@ class _Envelope(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     version: str = ""
     created: str = ""
     environments: tuple[EnvironmentCount, ...] = ()
+    serialized: list[msgspec.Raw] = []
+    content_sha256: str = ""
 
 
 class PlanFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -77,6 +84,8 @@ class PlanFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         version: the convplan that wrote the file.
         created: UTC time in ISO 8601.
         environments: which environments the plans belong to.
+        serialized: serialized plans of candidates of `plans`.
+        content_sha256: see `content_digest`; empty where the writer did not say.
     """
 
     format: Literal["convplan-plans"]
@@ -85,6 +94,8 @@ class PlanFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     version: str = ""
     created: str = ""
     environments: tuple[EnvironmentCount, ...] = ()
+    serialized: tuple[Part, ...] = ()
+    content_sha256: str = ""
 
 
 class ExportReport(msgspec.Struct, frozen=True, kw_only=True):
@@ -93,12 +104,14 @@ class ExportReport(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         path: the file.
         exported: number of plans in it.
-        left_out: (key, reason) of rows that cannot be used and so are not in it.
+        left_out: (key, reason) of rows that cannot be used and so are not in it, and of serialized plans.
+        serialized: number of serialized plans in it.
     """
 
     path: str
     exported: int
     left_out: tuple[tuple[str, str], ...]
+    serialized: int = 0
 
 
 class ImportReport(msgspec.Struct, frozen=True, kw_only=True):
@@ -110,8 +123,9 @@ class ImportReport(msgspec.Struct, frozen=True, kw_only=True):
         kept: plans that were not needed: the store (or the file, a second time) has one of the same or more effort.
         elsewhere: how many of the added, replaced and kept ones belong to other environments than this process's; they
             are stored for those and never used here.
-        refused: (key or position in the file, reason) of plans that were not taken.
+        refused: (key or position in the file, reason) of plans, and of serialized plans, that were not taken.
         dry_run: True when nothing was written.
+        serialized: serialized plans that were stored beside these.
     """
 
     added: int
@@ -120,6 +134,7 @@ class ImportReport(msgspec.Struct, frozen=True, kw_only=True):
     elsewhere: int
     refused: tuple[tuple[str, str], ...]
     dry_run: bool
+    serialized: int = 0
 
 
 def export_plans(
@@ -129,6 +144,7 @@ def export_plans(
     key_prefix: str = "",
     engine: str | None = None,
     device: str | None = None,
+    serialized: bool = True,
 ) -> ExportReport:
     """Write plans of a store to a JSON file that `import_plans` reads.
 
@@ -143,6 +159,7 @@ def export_plans(
         key_prefix: only keys that begin like this.
         engine: only plans whose chosen engine has this name.
         device: only plans for this torch device type.
+        serialized: False: without the serialized plans beside them; whoever imports it builds them anew.
 
     Raises:
         StoreError: the store cannot be read, or the file not written; the message names which.
@@ -151,59 +168,119 @@ def export_plans(
     if target.is_dir():
         raise StoreError(path=str(target), reason="is a directory, expected the name of a file to write")
     records: list[PlanRecord] = []
+    parts: list[Part] = []
     left_out: list[tuple[str, str]] = []
-    with _opened(store) as source:
+    size = 0
+    with opened_store(store) as source:
         for row in source.rows(key_prefix=key_prefix, engine=engine, device=device):
             if row.record is None:
                 left_out.append((row.key, row.trouble))
-            else:
-                records.append(row.record)
+                continue
+            records.append(row.record)
+            for part, trouble in source.parts(row.key) if serialized else ():
+                trouble = trouble or ("" if part is None else part_trouble(part, row.record))
+                if part is None or trouble:
+                    left_out.append((row.key, f"a serialized plan: {showable(trouble)}"))
+                    continue
+                parts.append(msgspec.structs.replace(part, provenance=""))
+                size += len(part.data) * 4 // 3
+                if size > MAX_FILE_BYTES:
+                    raise _too_large(target, len(records), size)
+    content = msgspec.json.encode(_plan_file(records, parts))
+    if len(content) > MAX_FILE_BYTES or len(records) > MAX_PLANS:
+        raise _too_large(target, len(records), len(content))
+    write_whole(target, content + b"\n")
+    return ExportReport(path=str(target), exported=len(records), left_out=tuple(left_out), serialized=len(parts))
+
+
+def _plan_file(records: Sequence[PlanRecord], parts: Sequence[Part]) -> PlanFile:
     from convplan import __version__
 
     counts = Counter(record.environment for record in records)
-    content = msgspec.json.encode(
-        PlanFile(
-            format="convplan-plans",
-            schema=FILE_SCHEMA,
-            plans=tuple(records),
-            version=__version__,
-            created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
-            environments=tuple(EnvironmentCount(environment, count) for environment, count in counts.items()),
-        )
+    return PlanFile(
+        format="convplan-plans",
+        schema=FILE_SCHEMA,
+        plans=tuple(records),
+        version=__version__,
+        created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        environments=tuple(EnvironmentCount(environment, count) for environment, count in counts.items()),
+        serialized=tuple(parts),
+        content_sha256=content_digest(map(msgspec.json.encode, (*records, *parts))),
     )
-    if len(content) > MAX_FILE_BYTES or len(records) > MAX_PLANS:
-        raise StoreError(
-            path=str(target),
-            reason=f"{len(records)} plans make {len(content)} bytes, but import accepts at most {MAX_PLANS} plans and "
-            f"{MAX_FILE_BYTES} bytes; export in parts, by engine, device or key",
-        )
-    _write_whole(target, content + b"\n")
-    return ExportReport(path=str(target), exported=len(records), left_out=tuple(left_out))
 
 
-def import_plans(path: str | os.PathLike[str], *, store: AnyStore | None = None, dry_run: bool = False) -> ImportReport:
+def _too_large(target: Path, plans: int, size: int) -> StoreError:
+    return StoreError(
+        path=str(target),
+        reason=f"{plans} plans make {size} bytes, but import accepts at most {MAX_PLANS} plans and "
+        f"{MAX_FILE_BYTES} bytes; export in parts, by engine, device or key, or without serialized plans",
+    )
+
+
+def content_digest(items: Iterable[bytes | msgspec.Raw]) -> str:
+    """SHA-256 over the plans and then the serialized plans of a file, however their JSON is spaced and ordered."""
+    digest = hashlib.sha256()
+    for item in items:
+        try:
+            piece = msgspec.json.encode(msgspec.json.decode(item), order="deterministic")
+        except (msgspec.DecodeError, RecursionError, UnicodeDecodeError):  # no plan, and refused as such later
+            piece = bytes(item)
+        digest.update(len(piece).to_bytes(8, "big") + piece)
+    return digest.hexdigest()
+
+
+def import_plans(
+    path: str | os.PathLike[str], *, store: AnyStore | None = None, dry_run: bool = False, serialized: bool = True
+) -> ImportReport:
     """Take the plans of a JSON file into a store. Importing several files merges them.
 
     A plan replaces a stored one only if it was found with more effort, so importing the same file twice changes
     nothing. A plan of another environment is stored too: it waits there for that environment and is never used in
-    this one. Each plan is one write: other processes may use the store meanwhile, and after a crash the plans taken
-    so far are there and importing again completes them.
+    this one. Each plan is one write, with what was serialized of it: other processes may use the store meanwhile, and
+    after a crash the plans taken so far are there and importing again completes them.
+
+    A serialized plan is code for a GPU, which runs with your rights when the plan runs: take those of people only whose
+    wheels you would install.
 
     Args:
         path: a file that `export_plans` wrote.
         store: a `PlanStore`, a path or a URL. None: the default store.
         dry_run: report what would happen, but write nothing.
+        serialized: False: take the plans and leave their serialized parts; they are built anew where they run.
 
     Raises:
-        PlanFileError: the file is malformed or too large; nothing is imported.
+        PlanFileError: the file is malformed, altered or too large; nothing is imported.
         StoreMismatch: it is no file of plans, or a newer convplan wrote it; nothing is imported.
         StoreError: the file cannot be read, or the store not written.
     """
     envelope = _read_envelope(Path(path))
+    counts: Counter[str] = Counter()
+    chosen, refused = _choose(envelope, counts)
+    parts: dict[str, list[Part]] = {}
+    if serialized:
+        parts, bad = _read_parts(envelope, chosen)
+        refused += bad
+    with opened_store(store) as target:
+        for key, record in chosen.items():
+            put, taken = target.put_parts(record, parts.get(key, ()), keep_equal=True, dry_run=dry_run)
+            counts[put] += 1
+            counts["serialized"] += taken
+    return ImportReport(
+        added=counts["added"],
+        replaced=counts["replaced"],
+        kept=counts["kept"],
+        elsewhere=counts["elsewhere"],
+        refused=tuple(refused),
+        dry_run=dry_run,
+        serialized=counts["serialized"],
+    )
+
+
+def _choose(envelope: _Envelope, counts: Counter[str]) -> tuple[dict[str, PlanRecord], list[tuple[str, str]]]:
+    """The good plans of a file by key, and the refused ones; counts those of elsewhere, and those not needed."""
     known, here = registered_engines(), current_environments()
     chosen: dict[str, PlanRecord] = {}
     refused: list[tuple[str, str]] = []
-    counts: Counter[str] = Counter()
     for index, raw in enumerate(envelope.plans):
         name, record, reason = _read_record(raw, index, known)
         if record is None:
@@ -216,17 +293,43 @@ def import_plans(path: str | os.PathLike[str], *, store: AnyStore | None = None,
             if EFFORTS.index(twin.effort) >= EFFORTS.index(record.effort):
                 continue
         chosen[name] = record
-    with _opened(store) as target:
-        for record in chosen.values():
-            counts[target.put(record, keep_equal=True, dry_run=dry_run)] += 1
-    return ImportReport(
-        added=counts["added"],
-        replaced=counts["replaced"],
-        kept=counts["kept"],
-        elsewhere=counts["elsewhere"],
-        refused=tuple(refused),
-        dry_run=dry_run,
-    )
+    return chosen, refused
+
+
+def _read_parts(
+    envelope: _Envelope, chosen: Mapping[str, PlanRecord]
+) -> tuple[dict[str, list[Part]], list[tuple[str, str]]]:
+    """The good serialized plans of a file by their plan's key, and the refused ones."""
+    provenance = _provenance(envelope)
+    parts: dict[str, list[Part]] = {}
+    refused: list[tuple[str, str]] = []
+    for index, raw in enumerate(envelope.serialized):
+        name = f"serialized[{index}]"
+        try:
+            part = msgspec.structs.replace(msgspec.json.decode(raw, type=Part), provenance=provenance)
+        except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as exc:
+            refused.append((name, showable(str(exc))))
+            continue
+        record = chosen.get(part.key)
+        beside = parts.setdefault(part.key, []) if record is not None else []
+        if record is None:
+            trouble = "its plan is not among those taken from this file"
+        elif len(beside) >= MAX_PARTS or any(part.config == other.config for other in beside):
+            trouble = f"its plan has one for this configuration already, or {MAX_PARTS} of them"
+        else:
+            trouble = part_trouble(part, record)
+        if trouble:
+            refused.append((f"{name} {showable(part.key[:32])} {showable(str(part.config))}", showable(trouble)))
+        else:
+            beside.append(part)
+    return parts, refused
+
+
+def _provenance(envelope: _Envelope) -> str:
+    """Who made a file, in words for the store; what the file says of itself is cut and cleaned."""
+    version, created = (showable(text)[:MAX_LABEL].replace("\n", " ") for text in (envelope.version, envelope.created))
+    digest = content_digest((*envelope.plans, *envelope.serialized))
+    return f"imported from a file made by convplan {version or '?'} at {created or '?'}, sha256 {digest}"
 
 
 def check_plans(*, store: AnyStore | None = None) -> CheckReport:
@@ -241,7 +344,7 @@ def check_plans(*, store: AnyStore | None = None) -> CheckReport:
     Raises:
         StoreError: the store cannot be opened.
     """
-    with _opened(store) as opened:
+    with opened_store(store) as opened:
         return opened.check()
 
 
@@ -256,8 +359,9 @@ def clear_plans(
 ) -> Deleted:
     """Delete stored plans: those that all given filters name, or every one when none is given.
 
-    All named rows go in one step, or none. Plans that running processes already hold in memory stay in use there. Rows
-    that a newer convplan wrote stay.
+    What was serialized of them goes too; learned errata stay (`convplan errata clear`). All named rows go in one step,
+    or none. Plans that running processes already hold in memory stay in use there. Rows that a newer convplan wrote
+    stay.
 
     Args:
         store: a `PlanStore`, a path or a URL. None: the default store.
@@ -271,7 +375,7 @@ def clear_plans(
     Raises:
         StoreError: the store cannot be opened or written.
     """
-    with _opened(store) as opened:
+    with opened_store(store) as opened:
         return opened.delete(
             key_prefix=key_prefix,
             engine=engine,
@@ -294,7 +398,7 @@ def plan_file_schema() -> bytes:
         f"{MAX_FILE_BYTES} bytes at most.",
         **_without_descriptions(msgspec.json.schema(PlanFile)),
     }
-    schema["$defs"]["PlanFile"]["properties"]["schema"] = {"const": FILE_SCHEMA}
+    schema["$defs"]["PlanFile"]["properties"]["schema"] = {"enum": [*OLDER_SCHEMAS, FILE_SCHEMA]}
     return msgspec.json.format(msgspec.json.encode(schema), indent=2) + b"\n"
 
 
@@ -307,7 +411,7 @@ def _without_descriptions(value: Any) -> Any:
 
 
 @contextlib.contextmanager
-def _opened(store: AnyStore | None) -> Iterator[PlanStore]:
+def opened_store(store: AnyStore | None) -> Iterator[PlanStore]:
     """The store to work on; closed again if it was opened here."""
     if isinstance(store, PlanStore):
         yield store
@@ -317,14 +421,15 @@ def _opened(store: AnyStore | None) -> Iterator[PlanStore]:
 
 
 def _read_envelope(path: Path) -> _Envelope:
-    content = _read_bounded(path)
+    content = read_bounded(path, MAX_FILE_BYTES)
     try:
         head = msgspec.json.decode(content, type=_Head)
         if head.format != FORMAT:
             raise StoreMismatch(path=str(path), found=repr(head.format), expected=f"{FORMAT!r} {FILE_SCHEMA}")
-        if head.schema != FILE_SCHEMA:
+        if head.schema not in (FILE_SCHEMA, *OLDER_SCHEMAS):
             raise StoreMismatch(path=str(path), found=str(head.schema), expected=str(FILE_SCHEMA))
         envelope = msgspec.json.decode(content, type=_Envelope)
+        digest = envelope.content_sha256 and content_digest((*envelope.plans, *envelope.serialized))
     except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as exc:
         raise PlanFileError(
             path=str(path), reason=showable(f"is not a file of plans: {exc}; nothing was imported")
@@ -334,18 +439,29 @@ def _read_envelope(path: Path) -> _Envelope:
             path=str(path),
             reason=f"holds {len(envelope.plans)} plans, expected at most {MAX_PLANS}; nothing was imported",
         )
+    if digest != envelope.content_sha256:
+        raise PlanFileError(
+            path=str(path),
+            reason=f"was altered after it was written: content_sha256 is {showable(envelope.content_sha256)[:64]}, its "
+            f"content gives {digest}; nothing was imported. To take an edited file all the same, remove that field",
+        )
     return envelope
 
 
-def _read_bounded(path: Path) -> bytes:
+def read_bounded(path: Path, limit: int = MAX_FILE_BYTES) -> bytes:
+    """A file's content.
+
+    Raises:
+        PlanFileError: it is larger than `limit` bytes. StoreError: it cannot be read.
+    """
     try:
         with path.open("rb") as file:
-            content = file.read(MAX_FILE_BYTES + 1)
+            content = file.read(limit + 1)
     except OSError as exc:
         raise StoreError(path=str(path), reason=f"cannot be read: {exc.strerror or exc}") from exc
-    if len(content) > MAX_FILE_BYTES:
+    if len(content) > limit:
         raise PlanFileError(
-            path=str(path), reason=f"is larger than {MAX_FILE_BYTES} bytes, the most that is read; nothing was imported"
+            path=str(path), reason=f"is larger than {limit} bytes, the most that is read; nothing was imported"
         )
     return content
 
@@ -362,7 +478,7 @@ def _read_record(raw: msgspec.Raw, index: int, known: tuple[str, ...]) -> tuple[
     return record.key, record, ""
 
 
-def _write_whole(target: Path, content: bytes) -> None:
+def write_whole(target: Path, content: bytes) -> None:
     """Write beside the target and rename, so that nobody ever sees half a file."""
     beside = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
     try:

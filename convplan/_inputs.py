@@ -35,6 +35,15 @@ class Inputs(NamedTuple):
     second: torch.Tensor
     bias: torch.Tensor | None
 
+    def copy(self) -> Inputs:
+        """The same numbers in memory of their own, with the same strides and alignment."""
+        return Inputs(_copied(self.first), _copied(self.second), None if self.bias is None else _copied(self.bias))
+
+
+def _copied(tensor: torch.Tensor) -> torch.Tensor:
+    flat = tensor.as_strided((tensor.untyped_storage().nbytes() // tensor.itemsize,), (1,), 0).clone()
+    return flat.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
+
 
 def exact_limit(problem: Problem) -> float:
     """Integer sums are exact, in any order, while the sum of their products' magnitudes stays at or below this."""

@@ -4,6 +4,10 @@ Shuffled inside every round: timing A A A B B B lets clock drift look like a dif
 taken inside a round, between runs that were neighbours in time, so drift cancels. A candidate leaves the race once it
 is surely slower than the leader; the race ends when the leader is alone, or the budget or the most useful number of
 rounds is spent.
+
+Where clocks are not ours to keep (a GPU's), the first run of a round is taken once more at its end, and a round in
+which the two differ is repeated. Long runs there load the card until its power limit lowers the clocks, which does not
+hit all candidates alike; so those near the front meet once more in a final, after enough of that load, which decides.
 """
 
 from __future__ import annotations
@@ -29,6 +33,13 @@ MAX_ROUNDS = 60
 MIN_SAMPLE_US = 100.0  # shorter runs are repeated inside one sample, so that the clock's own cost disappears
 SURE = 4.0  # standard errors between two candidates that count as separated
 UNKNOWN_SPREAD = 0.05  # share of the leader's time that samples are taken to scatter by when they are few
+DRIFT = 0.03  # share by which a run may differ from the same one at the end of its round
+MOST_REPEATED = 8  # rounds of one race; a clock that never rests must not make it endless
+FINAL_FROM_US = 80.0  # runs this long load a GPU to its limits
+NEAR = 0.05  # share of the leader's time within which candidates reach the final
+FINALISTS = 6
+LOAD_S = 0.25  # of running before the final counts
+FINAL_ROUNDS = 24
 TIE = 0.01  # share of the best time within which candidates are equal, however precisely they were timed
 
 
@@ -49,9 +60,12 @@ class Measurement(NamedTuple):
     samples_us: tuple[float, ...]
     behind_us: float  # median of its differences from the leader inside each round; 0 for the leader
     behind_error_us: float  # standard error of that median
+    in_final: bool = False  # timed in the final, under load; its time is not to be compared with that of others
 
     def ties_with_leader(self, leader_us: float) -> bool:
         """Not surely slower than the leader, or by less than is worth telling apart."""
+        if math.isinf(self.behind_us):  # they never met in one round
+            return False
         return self.behind_us <= max(SURE * self.behind_error_us, TIE * leader_us)
 
 
@@ -82,25 +96,34 @@ def race(
         timer: takes the samples instead, with a clock of its own; None: the host's clock.
 
     Returns:
-        Measurements, fastest first, and those that were cut off or raised while timed, with the reason.
+        Measurements, fastest first (those of a final before all others), and those that were cut off or raised while
+        timed, with the reason.
     """
     with _garbage_collection_off():
         return _Race(contestants, timer or _HostTimer(clock, synchronize), budget_s, seed).run()
 
 
 class Timer(Protocol):
-    """Takes samples: how many calls make one, and microseconds a call."""
+    """Takes samples: how many calls make one, and microseconds a call.
+
+    Attributes:
+        clock: nanoseconds, for the budget.
+        drifts: samples depend on clocks that change under load.
+    """
 
     clock: Clock
+    drifts: bool
 
     def repeats(self, first_us: float) -> int:
         """Calls in one sample, from one earlier call's time."""
 
-    def sample_us(self, call: Callable[[], object], repeats: int) -> float:
-        """Mean microseconds of so many calls."""
+    def round_us(self, calls: Sequence[tuple[Callable[[], object], int]]) -> list[float | Exception]:
+        """For each (call, repeats) in turn the mean microseconds of so many calls, or what it raised."""
 
 
 class _HostTimer:
+    drifts = False
+
     def __init__(self, clock: Clock, synchronize: Callable[[], object] | None) -> None:
         self.clock = clock
         self._synchronize = synchronize
@@ -108,7 +131,16 @@ class _HostTimer:
     def repeats(self, first_us: float) -> int:
         return max(1, math.ceil(MIN_SAMPLE_US / max(first_us, 1.0)))
 
-    def sample_us(self, call: Callable[[], object], repeats: int) -> float:
+    def round_us(self, calls: Sequence[tuple[Callable[[], object], int]]) -> list[float | Exception]:
+        return [self._sampled(*one) for one in calls]
+
+    def _sampled(self, call: Callable[[], object], repeats: int) -> float | Exception:
+        try:
+            return self._sample_us(call, repeats)
+        except Exception as exc:  # the others go on
+            return exc
+
+    def _sample_us(self, call: Callable[[], object], repeats: int) -> float:
         if self._synchronize is not None:
             self._synchronize()
         begin = self.clock()
@@ -127,19 +159,17 @@ class _Race:
         self._random = random.Random(seed)
         self._samples: dict[EngineConfig, dict[int, float]] = {}
         self._slower: list[Slower] = []
+        self._repeats: dict[EngineConfig, int] = {}
+        self._repeated = 0  # rounds
+        self._finalists: set[EngineConfig] = set()
 
     def run(self) -> tuple[list[Measurement], list[Slower]]:
         running = self._cut_off(self._all)
         begin = self._timer.clock()
-        repeats = {c.config: self._timer.repeats(c.first_us) for c in running}
+        self._repeats = {c.config: self._timer.repeats(c.first_us) for c in running}
         for round_number in range(MAX_ROUNDS):
             self._random.shuffle(running)
-            for contestant in tuple(running):
-                sample = self._sample(contestant, repeats[contestant.config])
-                if sample is None:
-                    running.remove(contestant)
-                else:
-                    self._samples.setdefault(contestant.config, {})[round_number] = sample
+            running = self._round(running, round_number)
             if not running:
                 break
             if round_number == 0:
@@ -148,18 +178,67 @@ class _Race:
                 running = self._drop_the_beaten(running)
             if len(running) <= 1 and round_number + 1 >= MIN_ROUNDS:
                 break
-            if (self._timer.clock() - begin) / 1e3 >= self._budget_us:
+            if self._spent_us(begin) >= self._budget_us:
                 break
+        if self._timer.drifts:
+            self._final(begin)
         return self._ranked(), self._slower
 
-    def _sample(self, contestant: Contestant, repeats: int) -> float | None:
-        try:
-            return self._timer.sample_us(contestant.call, repeats)
-        except Exception as exc:  # one candidate's failure must not end the race of the others
-            self._samples.pop(contestant.config, None)
-            reason = exc.reason if isinstance(exc, PlanRejected) else f"{type(exc).__name__}: {first_line(exc)}"
-            self._slower.append(Slower(contestant.config, f"failed while timed: {reason}"))
-            return None
+    def _spent_us(self, begin: int) -> float:
+        return (self._timer.clock() - begin) / 1e3
+
+    def _round(self, running: Sequence[Contestant], number: int) -> list[Contestant]:
+        """One sample of each contestant; those that are still in."""
+        while True:
+            again = self._timer.drifts and number > 0 and len(running) > 1 and self._repeated < MOST_REPEATED
+            order = [*running, running[0]] if again else list(running)
+            found = self._timer.round_us([(c.call, self._repeats[c.config]) for c in order])
+            if again and self._drifted(found[0], found[-1]):
+                self._repeated += 1
+                continue
+            break
+        kept = []
+        for contestant, sample in zip(running, found, strict=False):
+            if isinstance(sample, Exception):
+                self._fail(contestant, sample)
+            else:
+                self._samples.setdefault(contestant.config, {})[number] = sample
+                kept.append(contestant)
+        return kept
+
+    @staticmethod
+    def _drifted(before: float | Exception, after: float | Exception) -> bool:
+        if isinstance(before, Exception) or isinstance(after, Exception):
+            return False
+        return abs(after - before) > DRIFT * min(before, after)
+
+    def _fail(self, contestant: Contestant, exc: Exception) -> None:
+        """One candidate's failure must not end the race of the others."""
+        self._samples.pop(contestant.config, None)
+        reason = exc.reason if isinstance(exc, PlanRejected) else f"{type(exc).__name__}: {first_line(exc)}"
+        self._slower.append(Slower(contestant.config, f"failed while timed: {reason}"))
+
+    def _final(self, begin: int) -> None:
+        """Those near the leader once more, under load, where runs are long."""
+        if len(self._samples) < 2:
+            return
+        _, leader_us = self._leader()
+        medians = {config: statistics.median(times.values()) for config, times in self._samples.items()}
+        near = sorted((c for c in medians if medians[c] <= (1 + NEAR) * leader_us), key=lambda c: medians[c])
+        if len(near) < 2 or leader_us < FINAL_FROM_US or self._spent_us(begin) >= self._budget_us:
+            return
+        running = [c for c in self._all if c.config in near[:FINALISTS]]
+        loaded_from, calls = self._timer.clock(), [(c.call, self._repeats[c.config]) for c in running]
+        while self._spent_us(loaded_from) < min(LOAD_S * 1e6, self._budget_us / 3):
+            if all(isinstance(sample, Exception) for sample in self._timer.round_us(calls)):
+                break
+        short = {c.config: self._samples.pop(c.config) for c in running}
+        for number in range(MAX_ROUNDS, MAX_ROUNDS + FINAL_ROUNDS):
+            self._random.shuffle(running)
+            running = self._round(running, number)
+            if not running or (number - MAX_ROUNDS >= MIN_ROUNDS and self._spent_us(begin) >= self._budget_us):
+                break
+        self._finalists = {config for config in short if config in self._samples}
 
     def _cut_off(self, contestants: Sequence[Contestant]) -> list[Contestant]:
         """Leave out what one run showed to be hopeless."""
@@ -206,7 +285,8 @@ class _Race:
         return measured.behind_us - error < TIE * leader_us
 
     def _leader(self) -> tuple[EngineConfig, float]:
-        medians = {config: statistics.median(times.values()) for config, times in self._samples.items()}
+        eligible = self._finalists or self._samples
+        medians = {config: statistics.median(self._samples[config].values()) for config in eligible}
         leader = min(medians, key=lambda config: medians[config])
         return leader, medians[leader]
 
@@ -225,13 +305,15 @@ class _Race:
             samples_us=tuple(round(value, 3) for value in times.values()),
             behind_us=statistics.median(behind) if behind else math.inf,
             behind_error_us=error,
+            in_final=config in self._finalists,
         )
 
     def _ranked(self) -> list[Measurement]:
         if not self._samples:
             return []
         leader, _ = self._leader()
-        return sorted((self._measurement(config, leader) for config in self._samples), key=lambda m: m.median_us)
+        found = [self._measurement(config, leader) for config in self._samples]
+        return sorted(found, key=lambda m: (bool(self._finalists) and not m.in_final, m.median_us))
 
 
 def half_interquartile_range(samples: Sequence[float]) -> float:

@@ -10,6 +10,7 @@ import msgspec
 from convplan._environment import Environment
 from convplan._errors import ExecutionFailed, SpecError
 from convplan._key import plan_key
+from convplan._limits import Limit, Peaks, limit_us
 from convplan._policy import Effort, Policy
 from convplan._problem import Problem, TensorSpec, normalize_strides
 from convplan.engines.base import Built, EngineConfig, Notes, Run
@@ -26,6 +27,7 @@ class Evidence(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     Args:
         config: which candidate.
         source: the list that proposed it.
+        stock: what stock torch runs exactly like this, such as `convolution`; empty for what it does not do by itself.
         notes: its numerical and behaviour notes.
         workspace_bytes: scratch memory, None when it was dropped before that was known.
         median_us, spread_us: middle and half the interquartile range of the timed runs, in microseconds; None when
@@ -41,6 +43,7 @@ class Evidence(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
 
     config: EngineConfig
     source: str = "heuristic"
+    stock: str = ""
     notes: Notes = Notes()
     workspace_bytes: int | None = None
     median_us: float | None = None
@@ -61,10 +64,12 @@ class PlanRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
         ranking: candidates that may run, best first; `ranking[0]` is the choice, the next ones are its fallbacks.
         rejected: every other candidate, with its reason.
         planning_s: seconds that planning took.
+        stages_s: how they fell to the stages, as (name, seconds); empty where that was not kept.
         created: UTC time in ISO 8601.
         version: convplan's version.
         curve: how an exhaustive search went: (seconds since it began, best microseconds so far), one pair for each
             improvement and one for its end.
+        peaks: the machine's peak rates for this problem, None in plans of a convplan that did not note them.
     """
 
     problem: Problem
@@ -74,9 +79,11 @@ class PlanRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
     ranking: tuple[Evidence, ...]
     rejected: tuple[Evidence, ...] = ()
     planning_s: float = 0.0
+    stages_s: tuple[tuple[str, float], ...] = ()
     created: str = ""
     version: str = ""
     curve: tuple[tuple[float, float], ...] = ()
+    peaks: Peaks | None = None
 
     def __post_init__(self) -> None:
         if not self.ranking or len(self.ranking) + len(self.rejected) > MAX_CANDIDATES:
@@ -99,11 +106,20 @@ class PlanRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
         """The choice's time in microseconds, None when it was not timed."""
         return self.ranking[0].median_us
 
-    def explain(self) -> str:
-        """The table of all candidates with times, workspace, notes and reasons; prints only what planning stored."""
+    @property
+    def limit(self) -> Limit | None:
+        """The least time that the machine's peak rates allow for the direct method; None where they are not known."""
+        return None if self.peaks is None else limit_us(self.problem, self.peaks)
+
+    def explain(self, *, every_rejection: bool = False) -> str:
+        """What planning found, as text: times, stock torch, the hardware limit, notes and reasons. Measures nothing.
+
+        Args:
+            every_rejection: list each rejected candidate, instead of a few for each reason.
+        """
         from convplan.report import explain_record
 
-        return explain_record(self)
+        return explain_record(self, every_rejection=every_rejection)
 
     def build(self, rank: int = 0) -> Plan:
         """Build the choice, or the candidate ranked `rank`, into something that runs.

@@ -10,6 +10,8 @@ from __future__ import annotations
 import datetime
 import functools
 import logging
+import math
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -20,27 +22,35 @@ import msgspec
 from convplan import __version__
 from convplan._environment import Environment
 from convplan._errors import ConvPlanError, NoPlan, PlanRejected, WrongResult
+from convplan._learned import LearnedErratum, verdict
+from convplan._limits import gpu_bytes_per_us, gpu_plain_flops_per_us, measured_flops_per_us, peaks_of
 from convplan._measure import CUTOFF, Clock, Contestant, Measurement, first_line, race
 from convplan._plan import Evidence, Plan, PlanRecord
 from convplan._policy import Effort, Policy
 from convplan._problem import DTYPES, Problem
 from convplan.engines import registry
-from convplan.engines.base import FALLBACK, LAST_RESORT, Built, Candidate, Engine, EngineConfig
+from convplan.engines.base import FALLBACK, LAST_RESORT, Built, Candidate, Engine, EngineConfig, Run
 
 if TYPE_CHECKING:
+    from concurrent.futures import Future, ThreadPoolExecutor
+
     import torch
 
+    from convplan._inputs import Inputs
     from convplan._measure_cuda import GraphTimer
     from convplan._verify import Verifier
 
 log = logging.getLogger("convplan.planner")
 
+BUILDERS = 4  # threads
+COMPILED = "RUNTIME_COMPILATION"
 ALWAYS_DROPPED_NOTES = ("DOWN_CONVERT_INPUTS",)  # B9: unless the policy lets them through by name
 FEWER_OPERATIONS = 20  # a method with that many times fewer operations goes first when nothing is timed
 FIRST_RUN_CUTOFF = 4 * CUTOFF  # the first call may hold one-time work; beyond this it is hopeless all the same
 FIRST_RUN_GRACE_US = 20_000.0  # and below this, one-time work can be all of it
 _LATER = {FALLBACK: 1, LAST_RESORT: 2}
 MOST_WORKSPACE_BYTES = 2**40  # more is out of memory without trying
+MOST_TURNS = 32  # sets of inputs; problems too small for that many to fill a cache are timed in it
 SAFETY_BYTES = 64 * 2**20  # memory left alone when the limit is what the machine can provide
 
 
@@ -54,12 +64,14 @@ class _Live(msgspec.Struct):
     error: float | None = None
     verified: str = "no"
     remark: str = ""
+    pending: Future[str] | None = None  # being built elsewhere; why it cannot be, empty once it is
 
     def evidence(self, rejected: str = "", reason: str = "", measured: Measurement | None = None) -> Evidence:
         workspace = self.candidate.workspace_bytes if self.built is None else self.built.workspace_bytes
         return Evidence(
             config=self.candidate.config,
             source=self.candidate.source,
+            stock=self.candidate.stock,
             notes=self.candidate.notes,
             workspace_bytes=workspace,
             median_us=None if measured is None else round(measured.median_us, 3),
@@ -83,6 +95,7 @@ def plan_problem(
     *,
     effort: Effort | None = None,
     clock: Clock = time.perf_counter_ns,
+    learned: Sequence[LearnedErratum] = (),
 ) -> PlanRecord:
     """Find the ranking of plans for a problem.
 
@@ -92,6 +105,7 @@ def plan_problem(
         environment: where the plan will belong.
         effort: None: the policy's.
         clock: nanoseconds, for timing candidates and planning itself.
+        learned: configurations that failed before; those that count in this environment are not run again.
 
     Returns:
         A record with at least one usable candidate.
@@ -102,14 +116,21 @@ def plan_problem(
     """
     begin = clock()
     work: Effort = effort or policy.effort
-    live, rejected = enumerate_candidates(problem, policy, work)
-    for stage in (filter_candidates, build_candidates) if work != "instant" else (filter_candidates,):
-        live, dropped = stage(live, problem, policy)
-        rejected += dropped
+    stages = _Stages(clock)
+    with stages("enumerate"):
+        live, rejected = enumerate_candidates(problem, policy, work)
+    with stages("filter"):
+        here = [one for one in learned if one.applies_in(environment)]
+        live, dropped = filter_candidates(live, problem, policy, learned=here)
+    rejected += dropped
     if work != "instant":
-        ranking, dropped = _prove_and_time(live, problem, policy, clock)
+        with stages("build"):
+            live, dropped = build_candidates(live, problem, policy)
+        rejected += dropped
+        ranking, dropped = _prove_and_time(live, problem, policy, clock, stages)
     else:
-        ranking, dropped = _first_that_builds(live, problem, policy)
+        with stages("build"):
+            ranking, dropped = _first_that_builds(live, problem, policy)
     rejected += dropped
     if not ranking:
         raise no_plan(problem, policy, rejected)
@@ -120,12 +141,28 @@ def plan_problem(
         effort=work,
         ranking=tuple(ranking),
         rejected=tuple(rejected),
+        peaks=peaks_of(problem, policy, measure=work != "instant"),
         planning_s=round((clock() - begin) / 1e9, 6),
+        stages_s=tuple(stages.seconds.items()),
         created=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         version=__version__,
     )
     log.info("planned %s in %.3f s (%d usable, %d rejected)", record, record.planning_s, len(ranking), len(rejected))
     return record
+
+
+class _Stages:
+    """Seconds by stage."""
+
+    def __init__(self, clock: Clock) -> None:
+        self._clock = clock
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        begin = self._clock()
+        yield
+        self.seconds[name] = round((self._clock() - begin) / 1e9, 6)
 
 
 def no_plan(problem: Problem, policy: Policy, rejected: Sequence[Evidence]) -> NoPlan:
@@ -168,11 +205,18 @@ def _instant_order(problem: Problem, item: _Live) -> tuple[int, bool]:
     return _LATER.get(item.candidate.source, 0), not needs_few
 
 
-def filter_candidates(live: Sequence[_Live], problem: Problem, policy: Policy) -> Stage:
-    """Drop what its engine refuses or the policy forbids, by notes and by workspace where that is known before building
-    (B8-B12)."""
+def filter_candidates(
+    live: Sequence[_Live], problem: Problem, policy: Policy, learned: Sequence[LearnedErratum] = ()
+) -> Stage:
+    """Drop what its engine refuses or the policy forbids, by notes and by workspace where it is known before building,
+    and what failed here before (B8-B12)."""
     limit = workspace_limit_bytes(problem, policy)
-    return _split(live, "filter", lambda item: _forbidden(item.candidate, problem, policy, limit))
+
+    def reason_of(item: _Live) -> str:
+        forbidden = _forbidden(item.candidate, problem, policy, limit)
+        return forbidden or verdict(learned, problem, item.candidate.config)
+
+    return _split(live, "filter", reason_of)
 
 
 def _forbidden(candidate: Candidate, problem: Problem, policy: Policy, limit_bytes: int) -> str:
@@ -211,9 +255,35 @@ def workspace_limit_bytes(problem: Problem, policy: Policy) -> int:
 
 
 def build_candidates(live: Sequence[_Live], problem: Problem, policy: Policy) -> Stage:
-    """Build each; drop what does not build, and what turns out to need more workspace than allowed."""
+    """Build each; drop what does not build, and what turns out to need more workspace than allowed.
+
+    What is compiled at run time takes a thousand times longer than the rest. On a GPU it is built by other threads,
+    while the rest is verified; `_Live.pending` then has the reason to drop it.
+    """
     limit = workspace_limit_bytes(problem, policy)
-    return _split(live, "build", lambda item: _build(item, problem, policy, limit))
+    later = [item for item in live if problem.device == "cuda" and COMPILED in item.candidate.notes.behavior]
+    if later:
+        import torch
+
+        index = torch.cuda.current_device()
+        for item in later:
+            item.pending = _builders(os.getpid()).submit(_build_on, index, item, problem, policy, limit)
+    return _split(live, "build", lambda item: "" if item.pending else _build(item, problem, policy, limit))
+
+
+@functools.lru_cache(maxsize=1)
+def _builders(pid: int) -> ThreadPoolExecutor:
+    """The threads that build; those of a parent process are of no use after a fork."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    return ThreadPoolExecutor(BUILDERS, thread_name_prefix="convplan-build")
+
+
+def _build_on(index: int, item: _Live, problem: Problem, policy: Policy, limit_bytes: int) -> str:
+    import torch
+
+    with torch.cuda.device(index):
+        return _build(item, problem, policy, limit_bytes)
 
 
 def _build(item: _Live, problem: Problem, policy: Policy, limit_bytes: int) -> str:
@@ -239,7 +309,7 @@ def _first_that_builds(
 
 
 def _prove_and_time(
-    live: Sequence[_Live], problem: Problem, policy: Policy, clock: Clock
+    live: Sequence[_Live], problem: Problem, policy: Policy, clock: Clock, stages: _Stages
 ) -> tuple[list[Evidence], list[Evidence]]:
     """Stages verify, measure and rank, which share one set of tensors."""
     import torch
@@ -250,10 +320,12 @@ def _prove_and_time(
     rejected = _fit_workspace(live, device) if device.type == "cuda" else []
     live = [item for item in live if not any(item.candidate.config == out.config for out in rejected)]
     with torch.no_grad(), _cache_emptied(device):
-        verifier = _verifier(problem, device, policy)
         synchronize = functools.partial(torch.cuda.synchronize, device) if device.type == "cuda" else None
-        right, wrong = verify_candidates(live, problem, verifier, clock, synchronize)
-        measured, slower = measure_candidates(right, policy, verifier, clock, synchronize)
+        with stages("verify"):
+            verifier = _verifier(problem, device, policy)
+            right, wrong = verify_candidates(live, problem, verifier, clock, synchronize)
+        with stages("measure"):
+            measured, slower = measure_candidates(right, policy, verifier, clock, synchronize)
     ranking = rank(measured, live)
     return ranking, rejected + wrong + slower
 
@@ -266,7 +338,7 @@ def _fit_workspace(live: Sequence[_Live], device: torch.device) -> list[Evidence
     """
     import torch
 
-    need = {item.candidate.config: _built(item).workspace_bytes for item in live}
+    need = {item.candidate.config: _built(item).workspace_bytes for item in live if item.pending is None}
     room = min(max(need.values(), default=0), MOST_WORKSPACE_BYTES)
     while room:
         try:
@@ -278,7 +350,7 @@ def _fit_workspace(live: Sequence[_Live], device: torch.device) -> list[Evidence
     return [
         item.evidence("measure", reason.format(need[item.candidate.config], room))
         for item in live
-        if need[item.candidate.config] > room
+        if need.get(item.candidate.config, 0) > room
     ]
 
 
@@ -320,9 +392,14 @@ def verify_candidates(
     best_us = float("inf")
     kept: list[_Live] = []
     rejected: list[Evidence] = []
-    for item in sorted(live, key=functools.partial(_instant_order, problem)):
+    slack = 1.0 if problem.device == "cuda" else CUTOFF  # on the CPU peak rates are measured, and only roughly
+    for item in sorted(live, key=lambda item: (item.pending is not None, _instant_order(problem, item))):
+        reason = "" if item.pending is None else item.pending.result()
+        if reason:
+            rejected.append(item.evidence("build", reason))
+            continue
         bound_us = _least_us(item.candidate, problem)
-        if bound_us > CUTOFF * best_us:
+        if bound_us > slack * best_us:
             reason = f"cut off unrun: {bound_us:.0f} us at the machine's peak rate, best so far {best_us:.0f} us"
             rejected.append(item.evidence("measure", reason))
             continue
@@ -349,16 +426,12 @@ def _verify(
 
     def run_again(*arguments: Any) -> torch.Tensor:
         """The first run may have held one-time work, which must not decide who races."""
-        item.first_us = min(item.first_us, _time_us(lambda: again.append(run(*arguments)), clock, synchronize))
-        return again.pop()
+        out, time_us = _timed(lambda: run(*arguments), clock, synchronize)
+        item.first_us = min(item.first_us, time_us)
+        return out
 
-    again: list[torch.Tensor] = []
     try:
-        begin = clock()
-        out = run(*verifier.random, None)
-        if synchronize is not None:
-            synchronize()
-        item.first_us = (clock() - begin) / 1e3
+        out, item.first_us = _timed(lambda: run(*verifier.random, None), clock, synchronize)
         if item.first_us > max(FIRST_RUN_CUTOFF * best_us, FIRST_RUN_GRACE_US):
             return "measure", f"cut off: first run {item.first_us:.0f} us, best so far {best_us:.0f} us"
         item.error = round(verifier.check(config, notes, out), 6)
@@ -370,7 +443,6 @@ def _verify(
     return "", ""
 
 
-@functools.lru_cache(maxsize=32)
 def _peak_flops_per_us(dtype: str, device: str, threads: int) -> float:
     """A rate no direct method reaches, in operations per microsecond.
 
@@ -379,25 +451,31 @@ def _peak_flops_per_us(dtype: str, device: str, threads: int) -> float:
     """
     if device != "cpu":
         return float("inf")
-    import torch
-
     half = DTYPES[dtype].itemsize_bytes <= 2
-    matrix = torch.ones(1024, 1024, dtype=torch.float64 if dtype == "float64" else torch.float32)
-    times = []
-    for _ in range(3):
-        begin = time.perf_counter()
-        matrix @ matrix
-        times.append(time.perf_counter() - begin)
-    return (16 if half else 2) * 2 * 1024**3 / (min(times) * 1e6)
+    return (16 if half else 2) * measured_flops_per_us("float64" if dtype == "float64" else "float32", threads)
 
 
 def _least_us(candidate: Candidate, problem: Problem) -> float:
     """Microseconds below which this candidate cannot come; 0 where its operations are unknown or may be skipped."""
+    if problem.device == "cuda":
+        return _least_us_on_gpu(candidate, problem)
     if candidate.flops is None or not candidate.notes.direct or candidate.flops < 1e9:
         return 0.0
     import torch
 
     return candidate.flops / _peak_flops_per_us(problem.dtype, problem.device, torch.get_num_threads())
+
+
+def _least_us_on_gpu(candidate: Candidate, problem: Problem) -> float:
+    """By operations where no tensor cores do them, and by the bytes that the method is known to move."""
+    if candidate.source == LAST_RESORT:  # what is behind it is torch's secret
+        return 0.0
+    by_flops = by_bytes = 0.0
+    if candidate.flops is not None and "TENSOR_CORE" not in candidate.notes.numerical:
+        by_flops = candidate.flops / (gpu_plain_flops_per_us(problem.dtype) or math.inf)
+    if candidate.moved_bytes is not None:
+        by_bytes = candidate.moved_bytes / (gpu_bytes_per_us() or math.inf)
+    return max(by_flops, by_bytes)
 
 
 def measure_candidates(
@@ -411,30 +489,58 @@ def measure_candidates(
     limit = policy.benchmark_limit or len(live)
     rejected = [item.evidence("measure", f"beyond benchmark_limit={limit}") for item in live[limit:]]
     timed = {item.candidate.config: item for item in live[:limit]}
-    calls = {config: functools.partial(_built(item).run, *verifier.random, None) for config, item in timed.items()}
+    turns = _turns(verifier, policy)
+    calls = {config: _InTurns(_built(item).run, turns) for config, item in timed.items()}
     best_us = min((item.first_us for item in timed.values()), default=0.0)
     once = {config for config, item in timed.items() if not item.candidate.notes.direct}  # not run on integers
     slow = {config for config in once if timed[config].first_us > CUTOFF * best_us}
     contestants = []
     for config, item in timed.items():
         try:
-            time_us = _time_us(calls[config], clock, synchronize) if config in slow else item.first_us
+            time_us = _timed(calls[config], clock, synchronize)[1] if config in slow else item.first_us
         except Exception as exc:  # an engine's failure costs its candidate, never the planning
             rejected.append(item.evidence("measure", f"failed while timed: {_reason(exc)}"))
         else:
             contestants.append(Contestant(config, calls[config], min(time_us, item.first_us)))
-    timer = _gpu_timer(verifier.problem, clock)
+    timer = _gpu_timer(verifier.problem, clock, len(turns))
     measurements, slower = race(
         contestants, budget_s=policy.budget_s, clock=clock, synchronize=synchronize, timer=timer
     )
     for config, call in calls.items():
         if timer is not None and timer.sampled(call) and not timer.is_captured(call):
             timed[config].remark = "timed without a CUDA graph, into which it could not be captured"
+    for measured in measurements:
+        if measured.in_final:
+            timed[measured.config].remark = "timed in the final, under load"
     rejected += [timed[one.config].evidence("measure", one.reason) for one in slower]
     return [(timed[m.config], m) for m in measurements], rejected
 
 
-def _gpu_timer(problem: Problem, clock: Clock) -> GraphTimer | None:
+class _InTurns:
+    """Runs a candidate on several sets of inputs, one after the other."""
+
+    def __init__(self, run: Run, turns: Sequence[Inputs]) -> None:
+        self._run, self._turns, self._next = run, turns, 0
+
+    def __call__(self) -> torch.Tensor:
+        inputs = self._turns[self._next]
+        self._next = (self._next + 1) % len(self._turns)
+        return self._run(*inputs, None)
+
+
+def _turns(verifier: Verifier, policy: Policy) -> list[Inputs]:
+    """The inputs to time with: one set, or for a cold cache so many that together they are twice as large as it."""
+    inputs, problem = verifier.random, verifier.problem
+    if problem.device != "cuda" or policy.l2 == "warm":
+        return [inputs]
+    import torch
+
+    cache_bytes = torch.cuda.get_device_properties(torch.cuda.current_device()).L2_cache_size
+    count = min(math.ceil(2 * cache_bytes / max(problem.least_bytes, 1)), MOST_TURNS)
+    return [inputs] + [inputs.copy() for _ in range(count - 1)]
+
+
+def _gpu_timer(problem: Problem, clock: Clock, turns: int) -> GraphTimer | None:
     """CUDA graphs where there is a GPU to time; None: the host's clock."""
     if problem.device != "cuda":
         return None
@@ -442,15 +548,20 @@ def _gpu_timer(problem: Problem, clock: Clock) -> GraphTimer | None:
 
     from convplan._measure_cuda import GraphTimer
 
-    return GraphTimer(torch.device("cuda", torch.cuda.current_device()), clock)
+    return GraphTimer(torch.device("cuda", torch.cuda.current_device()), clock, turns=turns)
 
 
-def _time_us(call: Callable[[], object], clock: Clock, synchronize: Callable[[], object] | None) -> float:
-    begin = clock()
-    call()
+def _timed(
+    call: Callable[[], torch.Tensor], clock: Clock, synchronize: Callable[[], object] | None
+) -> tuple[torch.Tensor, float]:
+    """A call's result and its microseconds: the host's where calls return when they are done, else the device's."""
     if synchronize is not None:
-        synchronize()
-    return (clock() - begin) / 1e3
+        from convplan._measure_cuda import launch_us
+
+        return launch_us(call)
+    begin = clock()
+    out = call()
+    return out, (clock() - begin) / 1e3
 
 
 def _built(item: _Live) -> Built:
@@ -459,12 +570,12 @@ def _built(item: _Live) -> Built:
 
 
 def rank(measured: Sequence[tuple[_Live, Measurement]], live: Sequence[_Live]) -> list[Evidence]:
-    """Fastest first, except that those who tie with the fastest are ordered by what does not change from run to run:
-    deterministic first, last resorts last, then less workspace, then the engines' order (C5)."""
+    """As the race has them, except that those who tie with the fastest are ordered by what does not change from run to
+    run: deterministic first, last resorts last, then less workspace, then the engines' order (C5)."""
     if not measured:
         return []
     order = {item.candidate.config: place for place, item in enumerate(live)}
-    leader_us = min(m.median_us for _, m in measured)
+    leader_us = measured[0][1].median_us
 
     def tie_order(pair: tuple[_Live, Measurement]) -> tuple[bool, bool, int, int]:
         item, _ = pair
@@ -476,7 +587,7 @@ def rank(measured: Sequence[tuple[_Live, Measurement]], live: Sequence[_Live]) -
         )
 
     ties = sorted((pair for pair in measured if pair[1].ties_with_leader(leader_us)), key=tie_order)
-    rest = sorted((pair for pair in measured if not pair[1].ties_with_leader(leader_us)), key=lambda p: p[1].median_us)
+    rest = [pair for pair in measured if not pair[1].ties_with_leader(leader_us)]
     return [item.evidence(measured=m) for item, m in (*ties, *rest)]
 
 

@@ -28,6 +28,7 @@ import msgspec
 
 from convplan import _environment
 from convplan._errors import CaptureMiss, ConvPlanError, ConvPlanWarning, ExecutionFailed, NoPlan, ReplayMiss
+from convplan._learned import learned_from
 from convplan._measure import first_line
 from convplan._plan import Evidence, Plan, PlanRecord
 from convplan._planner import plan_problem
@@ -427,7 +428,7 @@ def _plan(
     """Plan and store. When nothing survives, the choice notes it, so that later calls do not search again."""
     choice.failure = None
     try:
-        record = plan_problem(problem, policy, environment, effort=effort)
+        record = plan_problem(problem, policy, environment, effort=effort, learned=store().errata(environment))
     except NoPlan as exc:
         counts.add("failed")
         choice.failure = _Failure(exc.problem, exc.policy, exc.rejections, registry.generation)
@@ -438,6 +439,7 @@ def _plan(
         log.info("nothing but torch's own kernel runs %s", problem)
     if effort != "instant":
         counts.add("tuned")
+    store().learn(learned_from(record))
     if keep:
         store().remember(record)
     return record

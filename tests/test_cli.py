@@ -150,7 +150,7 @@ def test_help_lists_every_command(run: Run) -> None:
     ran = run("--help")
     assert ran.code == 0
     commands = ["doctor", "demo", "tune", "replay-check", "bench", "configs", "list", "explain", "verify", "export"]
-    commands += ["import", "check", "clear"]
+    commands += ["import", "check", "clear", "errata"]
     assert [name for name in commands if f" {name} " not in ran.out] == []
     assert run("--version").out == f"convplan {convplan.__version__}\n"
 
@@ -344,15 +344,32 @@ def test_bench_times_each_problem_and_writes_raw_samples(run: Run, problems: Pat
 
 def test_bench_json_has_stable_keys(run: Run, problems: Path) -> None:
     found = run("bench", "--problems", problems, *QUICK, "--rounds", 1, "--json").json
-    assert set(found) == {*BenchReport.__struct_fields__, "failures"}
+    assert set(found) == set(BenchReport.__struct_fields__)
     assert found["failures"] == []
     assert len(found["comparisons"]) == 2
 
 
-def test_bench_answers_no_when_a_problem_cannot_be_planned(run: Run, problems: Path, wrong_engine: str) -> None:
-    ran = run("bench", "--problems", problems, "--engines", wrong_engine, "--rounds", 1)
+def test_bench_answers_no_when_a_problem_cannot_be_planned(run: Run, problems: Path) -> None:
+    ran = run("bench", "--suite", problems, "--engines", "cudnn", "--rounds", 1)
     assert ran.code == 1
-    assert "failed: layer: no engine runs this problem within the policy" in ran.out
+    assert "failed: layer: convplan: NoPlan: no engine runs this problem within the policy" in ran.out
+    assert "over 0 problems" in ran.out
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "complaint"),
+    [
+        pytest.param("--stock-benchmark", "maybe", "is 'maybe', expected on or off", id="benchmark"),
+        pytest.param("--effort", "much", "effort is 'much'", id="effort"),
+        pytest.param("--regret", "-1", "greater than or equal to 0", id="regret"),
+    ],
+)
+def test_bench_refuses_options_that_mean_nothing(
+    run: Run, problems: Path, option: str, value: str, complaint: str
+) -> None:
+    ran = run("bench", "--suite", problems, option, value)
+    assert (ran.code, ran.out) == (2, "")
+    assert complaint in " ".join(ran.err.replace("│", " ").split())
 
 
 def test_bench_names_a_file_it_cannot_write(run: Run, problems: Path, tmp_path: Path) -> None:
@@ -396,6 +413,10 @@ def test_explain_accepts_the_beginning_of_a_key(run: Run, stored: list[str]) -> 
     found = run("explain", stored[0].upper(), "--json").json
     assert found["key"] == stored[0]
     assert msgspec.convert(found["record"], PlanRecord) == record
+    assert found["hardware_limit"]["us"] == max(found["hardware_limit"][name] for name in ("flops_us", "bytes_us"))
+    assert [one["median_us"] for one in found["stock_torch"]] == [e.median_us for e in record.ranking if e.stock]
+    assert sum(len(group["candidates"]) for group in found["rejected"]) == len(record.rejected)
+    assert run("explain", stored[0], "--all").out == record.explain(every_rejection=True) + "\n"
 
 
 def test_explain_wants_exactly_one_plan(run: Run, stored: list[str]) -> None:
@@ -456,7 +477,7 @@ def test_plans_go_out_to_a_file_and_come_back(run: Run, stored: list[str], tmp_p
     assert run("import", file, "--json").json["kept"] == 2
     ran = run("check")
     assert (ran.code, ran.err) == (0, "")
-    assert "0 cannot be used" in ran.out
+    assert "0 rows cannot be used" in ran.out
     assert run("check", "--json").json["ok"] is True
 
 
@@ -465,6 +486,9 @@ def test_import_answers_no_when_a_plan_is_refused(run: Run, stored: list[str], t
     run("export", file)
     changed = json.loads(file.read_bytes())
     changed["plans"][0]["ranking"] = []
+    file.write_text(json.dumps(changed))
+    assert "was altered after it was written" in run("import", file).err
+    del changed["content_sha256"]
     file.write_text(json.dumps(changed))
     ran = run("import", file, "--json")
     assert ran.code == 1

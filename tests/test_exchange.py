@@ -95,7 +95,7 @@ def test_file_says_what_it_is_and_where_its_plans_belong(tmp_path: Path, path: P
     source = stored(tmp_path / "source.sqlite", record(1), record(2), record(1, environment=ELSEWHERE))
     export_plans(path, store=source)
     file = msgspec.json.decode(path.read_bytes(), type=PlanFile)
-    assert (file.format, file.schema) == ("convplan-plans", 1)
+    assert (file.format, file.schema) == ("convplan-plans", 2)
     assert {item.environment: item.plans for item in file.environments} == {HERE: 2, ELSEWHERE: 1}
     assert file.version
     assert file.created.endswith("+00:00")
@@ -236,9 +236,9 @@ def test_malformed_file_is_an_error_that_names_the_place(path: Path, target: Pat
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"format": "other-plans"}, r"schema 'other-plans', expected 'convplan-plans' 1"),
-        ({"schema": 2, "and": "more"}, "schema 2, expected 1"),
-        ({"schema": -1}, "schema -1, expected 1"),
+        ({"format": "other-plans"}, r"schema 'other-plans', expected 'convplan-plans' 2"),
+        ({"schema": 3, "and": "more"}, "schema 3, expected 2"),
+        ({"schema": -1}, "schema -1, expected 2"),
     ],
     ids=["format", "newer", "negative"],
 )
@@ -252,7 +252,7 @@ def test_other_format_or_schema_is_a_mismatch(path: Path, target: Path, change: 
 def test_too_large_a_file_is_not_read(path: Path, target: Path) -> None:
     with path.open("wb") as file:
         file.truncate(_exchange.MAX_FILE_BYTES + 1)
-    with pytest.raises(PlanFileError, match=r"is larger than 67108864 bytes"):
+    with pytest.raises(PlanFileError, match=f"is larger than {_exchange.MAX_FILE_BYTES} bytes"):
         import_plans(path, store=target)
 
 

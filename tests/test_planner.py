@@ -37,6 +37,7 @@ from convplan import (
     PolicyError,
     Problem,
     SpecError,
+    _limits,
     _planner,
     _verify,
 )
@@ -913,3 +914,27 @@ def test_a_problem_for_a_gpu_that_is_not_there_is_refused_in_words(effort: str) 
     problem = Problem.dense("fprop", (1, 8, 8, 8), (8, 8, 3, 3), dtype="float16", device="cuda")
     with pytest.raises(SpecError, match="torch finds no GPU here"):
         convplan.plan(problem, Policy(effort=effort))
+
+
+H200 = _limits.Gpu("9.0", 132, 1_980_000, 3_201_000, 6016)  # what its driver says
+
+
+@pytest.mark.parametrize(
+    ("gpu", "changes", "expected_us"),
+    [
+        pytest.param(H200, {"flops": 309.2e9}, 309.2e9 / 267.6e6, id="plain-units"),
+        pytest.param(H200, {"flops": 309.2e9, "notes": Notes(("TENSOR_CORE",))}, 0.0, id="tensor-cores"),
+        pytest.param(H200, {"flops": 309.2e9, "source": "last_resort"}, 0.0, id="nobody-knows-what-torch-does"),
+        pytest.param(H200, {"moved_bytes": 2 * 1_478_500_352}, 2 * 1_478_500_352 / 4.814e6, id="columns"),
+        pytest.param(H200._replace(capability="99.0"), {"flops": 309.2e9}, 0.0, id="unknown-gpu"),
+        pytest.param(H200._replace(memory_clock_khz=None), {"moved_bytes": 2**33}, 0.0, id="unknown-memory"),
+    ],
+)
+def test_a_gpu_candidate_is_left_unrun_by_what_no_hardware_can_do(
+    gpu: _limits.Gpu, changes: dict[str, object], expected_us: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rates worked out by hand: 132 x 1.98 GHz x 256 x 4 operations for 16 bits, 2 x 3.201 GHz x 752 bytes."""
+    monkeypatch.setattr(_limits, "_current_gpu", lambda: gpu)
+    problem = Problem.dense("fprop", (8, 64, 28, 28), (64, 64, 3, 3), dtype="float16", device="cuda")
+    candidate = Candidate(EngineConfig("some"), **changes)  # type: ignore[arg-type]
+    assert _planner._least_us(candidate, problem) == pytest.approx(expected_us, rel=0.01)

@@ -21,13 +21,14 @@ import msgspec
 import pytest
 from helpers.plans import ELSEWHERE, HERE, POLICY, hear, problem, record, run_python, say, start_python
 
-from convplan import _database, _store
-from convplan._database import Sqlite
+from convplan import _database, _sqlite, _store
 from convplan._environment import Environment
 from convplan._errors import ConvPlanWarning, SpecError, StoreBusy, StoreError, StoreMismatch
 from convplan._key import choice_key, plan_key
 from convplan._plan import PlanRecord
 from convplan._policy import EFFORTS
+from convplan._rows import checksum_of
+from convplan._sqlite import Sqlite
 from convplan._store import ForgivingStore, PlanStore, default_location, hide_password, satisfies
 
 ENGINES = ("aten", "fft")
@@ -284,9 +285,9 @@ def _damage(path: Path, kind: str, key: str) -> None:
         "cut short": (text[:-40], checksum),
         "no text": (7, checksum),
         "no utf-8": (b"\xff\xfe", checksum),
-        "other problem": (other, _store._checksum(other)),
-        "wrong type": (wrong_type, _store._checksum(wrong_type)),
-        "nested": ("[" * 100_000, _store._checksum("[" * 100_000)),
+        "other problem": (other, checksum_of(other)),
+        "wrong type": (wrong_type, checksum_of(wrong_type)),
+        "nested": ("[" * 100_000, checksum_of("[" * 100_000)),
     }[kind]
     edit(path, "UPDATE convplan_plans SET record = ?, checksum = ? WHERE key = ?", *values, key)
 
@@ -346,11 +347,11 @@ def test_check_names_engines_nobody_knows(store: PlanStore) -> None:
 
 def test_row_of_a_newer_convplan_is_never_used_replaced_or_deleted(path: Path) -> None:
     keys = filled(path)
-    edit(path, "UPDATE convplan_plans SET schema = 2, effort = 'cosmic', record = '?' WHERE key = ?", keys[0])
+    edit(path, "UPDATE convplan_plans SET schema = 3, effort = 'cosmic', record = '?' WHERE key = ?", keys[0])
     with PlanStore(path) as store:
         assert store.get(keys[0]) is None
         assert store.put(record(1)) == "kept"
-        assert [(row.key, row.schema, row.record) for row in store if row.trouble] == [(keys[0], 2, None)]
+        assert [(row.key, row.schema, row.record) for row in store if row.trouble] == [(keys[0], 3, None)]
         assert [problem.key for problem in check(store).problems] == [keys[0]]
         assert store.delete() == _store.Deleted(removed=2, left=1)
         assert [row.key for row in store] == [keys[0]]
@@ -358,12 +359,12 @@ def test_row_of_a_newer_convplan_is_never_used_replaced_or_deleted(path: Path) -
 
 def test_row_of_an_older_convplan_is_used_and_replaced(path: Path) -> None:
     keys = filled(path)
-    edit(path, "UPDATE convplan_plans SET schema = 0 WHERE key = ?", keys[0])
+    edit(path, "UPDATE convplan_plans SET schema = 1 WHERE key = ?", keys[0])
     with PlanStore(path) as store:
         assert store.get(keys[0]) == record(1)
         assert_clean(store, rows=3)
         assert store.put(record(1)) == "replaced"
-        assert [row.schema for row in store] == [1, 1, 1]
+        assert [row.schema for row in store] == [2, 2, 2]
 
 
 # ---- files that are no plan store: an error that says so, and not one byte changed
@@ -402,7 +403,7 @@ def _make_foreign_database(path: Path) -> None:
 
 def _make_newer(path: Path) -> None:
     filled(path)
-    edit(path, "UPDATE convplan_meta SET value = '2' WHERE name = 'schema'")
+    edit(path, "UPDATE convplan_meta SET value = '3' WHERE name = 'schema'")
 
 
 def _make_newer_with_other_tables(path: Path) -> None:
@@ -420,8 +421,8 @@ TROUBLES = [
     pytest.param(_make_foreign_file, StoreError, "not a SQLite database", id="foreign-file"),
     pytest.param(_make_foreign_short, StoreError, "not a SQLite database", id="foreign-4-bytes"),
     pytest.param(_make_foreign_database, StoreError, r"something else \(tables moz_places\)", id="foreign-database"),
-    pytest.param(_make_newer, StoreMismatch, "schema 2, expected 1; it is left as it is", id="newer-schema"),
-    pytest.param(_make_newer_with_other_tables, StoreMismatch, "schema ten, expected 1", id="newer-tables"),
+    pytest.param(_make_newer, StoreMismatch, "schema 3, expected 2; it is left as it is", id="newer-schema"),
+    pytest.param(_make_newer_with_other_tables, StoreMismatch, "schema ten, expected 2", id="newer-tables"),
 ]
 
 
@@ -621,13 +622,13 @@ def _put_many(store: PlanStore, taken: list[int]) -> None:
 def test_full_disk_undoes_the_write_and_keeps_every_row(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     filled(path)
     pages = path.stat().st_size // 4096
-    monkeypatch.setitem(_database.PRAGMAS, "max_page_count", pages + 2)
+    monkeypatch.setitem(_sqlite.PRAGMAS, "max_page_count", pages + 2)
     taken: list[int] = []
     with PlanStore(path) as store:
         with pytest.raises(StoreError, match="the disk or quota is full, so this write was undone"):
             _put_many(store, taken)
         assert_clean(store, rows=3 + len(taken))
-    monkeypatch.delitem(_database.PRAGMAS, "max_page_count")
+    monkeypatch.delitem(_sqlite.PRAGMAS, "max_page_count")
     with PlanStore(path) as store:
         assert store.put(record(100)) == "added"
         assert_clean(store, rows=3 + len(taken) + 1)
@@ -916,7 +917,7 @@ def test_every_sqlite_error_gets_a_name(path: Path, code: int) -> None:
         assert "as SQLite says it" in named.reason
 
 
-@pytest.mark.parametrize(("words", "code"), _database.SQLITE_WORDS.items())
+@pytest.mark.parametrize(("words", "code"), _sqlite.SQLITE_WORDS.items())
 def test_sqlite_errors_without_a_code_are_known_by_their_words(path: Path, words: str, code: Sqlite) -> None:
     with_code = sqlite3.OperationalError(words)
     with_code.sqlite_errorcode = int(code)

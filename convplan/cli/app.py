@@ -31,6 +31,10 @@ KeyPrefix = Annotated[str, typer.Option("--key", metavar="PREFIX", help="Only pl
 EngineName = Annotated[str | None, typer.Option("--engine", metavar="NAME", help="Only plans that chose this engine.")]
 DeviceName = Annotated[str | None, typer.Option("--device", metavar="TYPE", help="Only plans for this device type.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would happen, change nothing.")]
+WithSerialized = Annotated[
+    bool,
+    typer.Option("--serialized/--no-serialized", help="With the compiled parts of plans, which are native GPU code."),
+]
 
 # The policy.
 Deterministic = Annotated[
@@ -151,30 +155,73 @@ def replay_check(
 @app.command()
 @command
 def bench(
-    problems: Annotated[Path, ProblemFileOption],
-    seconds: Annotated[float, typer.Option(min=0, help="Time both sides of a problem for this long.")] = 2.0,
+    suite: Annotated[
+        Path,
+        typer.Option(
+            "--suite",
+            "--problems",
+            exists=True,
+            dir_okay=False,
+            readable=True,
+            metavar="FILE.json",
+            help="A problem file.",
+        ),
+    ],
+    seconds: Annotated[float, typer.Option(min=0, help="Time the sides of a problem for this long.")] = 2.0,
     rounds: Annotated[
         int | None, typer.Option(min=1, help="Instead of --seconds: so many samples of each side.")
     ] = None,
     out: Annotated[Path | None, typer.Option(dir_okay=False, metavar="FILE", help="Write raw samples as JSON.")] = None,
+    compile_too: Annotated[
+        bool, typer.Option("--compile", help="Also time torch.compile, in a third process; forward problems only.")
+    ] = False,
+    regret: Annotated[
+        int, typer.Option(min=0, metavar="N", help="Tune each problem N times anew and tell how good the choices are.")
+    ] = 0,
+    effort: Annotated[
+        str, typer.Option(metavar="instant|measure|exhaustive", help="How much work goes into what is not stored.")
+    ] = "measure",
+    stock_benchmark: Annotated[
+        str, typer.Option(metavar="on|off", help="Stock torch's benchmark mode, on a GPU.")
+    ] = "on",
+    stock_benchmark_limit: Annotated[
+        int | None,
+        typer.Option(min=0, metavar="N", help="How many candidates that tries; 0: all. Default: as torch has it."),
+    ] = None,
     deterministic: Deterministic = None,
     engines: Engines = None,
     budget_s: BudgetSeconds = None,
     workspace_limit: WorkspaceLimit = None,
     as_json: AsJson = False,
 ) -> Result:
-    """Time each problem of a file against stock torch, in shuffled rounds, planning it first where needed."""
+    """Time each problem of a file against stock torch, each in a process of its own, planning it first where needed."""
+    from convplan._bench_processes import BenchOptions
+    from convplan._errors import PolicyError
     from convplan._problem_files import read_problems
     from convplan.cli import planning
     from convplan.cli.arguments import make_policy
 
+    if stock_benchmark not in ("on", "off"):
+        raise typer.BadParameter(f"--stock-benchmark is {stock_benchmark!r}, expected on or off")
     policy = make_policy(
         deterministic=deterministic,
         engines=engines,
         budget_s=budget_s,
         workspace_limit_bytes=workspace_limit,
     )
-    return planning.bench(read_problems(problems), policy, seconds=seconds, rounds=rounds, out=out)
+    try:
+        policy = policy.replace(effort=effort)
+    except PolicyError as exc:
+        raise typer.BadParameter(str(exc)) from exc
+    options = BenchOptions(
+        seconds=seconds,
+        rounds=rounds,
+        compile=compile_too,
+        regret=regret,
+        benchmark=stock_benchmark == "on",
+        benchmark_limit=stock_benchmark_limit,
+    )
+    return planning.bench(read_problems(suite), policy, options, out=out)
 
 
 @app.command()
@@ -257,12 +304,14 @@ def list_(key: KeyPrefix = "", engine: EngineName = None, device: DeviceName = N
 @app.command()
 @command
 def explain(
-    key: Annotated[str, typer.Argument(metavar="KEY", help="A plan's key, or how it begins.")], as_json: AsJson = False
+    key: Annotated[str, typer.Argument(metavar="KEY", help="A plan's key, or how it begins.")],
+    every_rejection: Annotated[bool, typer.Option("--all", help="List every rejected candidate.")] = False,
+    as_json: AsJson = False,
 ) -> Result:
-    """Show a stored plan with every candidate's time, or the reason why it was rejected."""
+    """Show a stored plan: its candidates' times, stock torch's, the hardware limit, and why others were rejected."""
     from convplan.cli import stored
 
-    return stored.explain(key)
+    return stored.explain(key, every_rejection=every_rejection)
 
 
 @app.command()
@@ -286,21 +335,24 @@ def export(
     key: KeyPrefix = "",
     engine: EngineName = None,
     device: DeviceName = None,
+    serialized: WithSerialized = True,
     as_json: AsJson = False,
 ) -> Result:
     """Write stored plans to a JSON file."""
     from convplan.cli import stored
 
-    return stored.export(file, key_prefix=key, engine=engine, device=device)
+    return stored.export(file, key_prefix=key, engine=engine, device=device, serialized=serialized)
 
 
 @app.command("import")
 @command
-def import_(file: InputFile, dry_run: DryRun = False, as_json: AsJson = False) -> Result:
+def import_(
+    file: InputFile, dry_run: DryRun = False, serialized: WithSerialized = True, as_json: AsJson = False
+) -> Result:
     """Take the plans of a JSON file into the store."""
     from convplan.cli import stored
 
-    return stored.import_(file, dry_run=dry_run)
+    return stored.import_(file, dry_run=dry_run, serialized=serialized)
 
 
 @app.command()
@@ -333,3 +385,52 @@ def clear(
     return stored.clear(
         key_prefix=key, engine=engine, device=device, other_environments=other_environments, dry_run=dry_run
     )
+
+
+errata = typer.Typer(help="Look after what was learned: configurations that failed here.", no_args_is_help=True)
+app.add_typer(errata, name="errata")
+
+
+@errata.command("list")
+@command
+def errata_list(as_json: AsJson = False) -> Result:
+    """Show the learned errata: what failed, how, for which problems, and where that counts."""
+    from convplan.cli import errata
+
+    return errata.list_errata()
+
+
+@errata.command("export")
+@command
+def errata_export(
+    file: Annotated[Path, typer.Argument(dir_okay=False, metavar="FILE")], as_json: AsJson = False
+) -> Result:
+    """Write the learned errata to a JSON file."""
+    from convplan.cli import errata
+
+    return errata.export(file)
+
+
+@errata.command("import")
+@command
+def errata_import(file: InputFile, dry_run: DryRun = False, as_json: AsJson = False) -> Result:
+    """Take the learned errata of a JSON file into the store."""
+    from convplan.cli import errata
+
+    return errata.import_(file, dry_run=dry_run)
+
+
+@errata.command("clear")
+@command
+def errata_clear(
+    key: Annotated[str, typer.Argument(metavar="[KEY]", help="An erratum's id, or how it begins. Default: all.")] = "",
+    dry_run: DryRun = False,
+    yes: Annotated[bool, typer.Option("--yes", help="Really forget.")] = False,
+    as_json: AsJson = False,
+) -> Result:
+    """Forget one learned erratum, or every one: its configuration is tried again."""
+    from convplan.cli import errata
+
+    if dry_run == yes:
+        raise typer.BadParameter("expected either --dry-run, to look first, or --yes, to forget")
+    return errata.clear(key, dry_run=dry_run)

@@ -18,7 +18,8 @@ from convplan.cli.output import CommandError, Progress, Result
 from convplan.report import human_s, human_us, table
 
 if TYPE_CHECKING:
-    from convplan._bench import Comparison
+    from convplan._bench import BenchReport, Comparison, Timing, Total
+    from convplan._bench_processes import BenchOptions
     from convplan._plan import PlanRecord
     from convplan._problem_files import NamedProblem
     from convplan.cli.demo import Outcome
@@ -187,53 +188,85 @@ def _replayed(named: NamedProblem, policy: Policy) -> Replayed:
     )
 
 
-def bench(
-    problems: Sequence[NamedProblem], policy: Policy, *, seconds: float, rounds: int | None, out: Path | None
-) -> Result:
-    """Time each problem against stock torch, in stock torch's own words."""
-    from convplan._bench import bench_report, compare
+def bench(problems: Sequence[NamedProblem], policy: Policy, options: BenchOptions, *, out: Path | None) -> Result:
+    """Time each problem against stock torch, in stock torch's own words, each side in a process of its own."""
+    from convplan._bench_processes import run_bench
 
-    comparisons: list[Comparison] = []
-    failures: list[tuple[str, str]] = []
-    with Progress("timing") as progress:
-        for index, named in enumerate(problems):
-            progress.step(index, len(problems), named.name)
-            try:
-                comparisons.append(compare(named, policy, seconds=seconds, rounds=rounds))
-            except ConvPlanError as exc:  # the others of the file can still be timed
-                failures.append((named.name, str(exc)))
-            progress.step(index + 1, len(problems), named.name)
-    report = bench_report(comparisons, policy, devices=[named.problem.device for named in problems])
     if out is not None:
-        try:
-            out.write_bytes(msgspec.json.format(msgspec.json.encode(report), indent=1) + b"\n")
-        except OSError as exc:
-            raise PlanFileError(path=str(out), reason=f"cannot be written: {exc.strerror or exc}") from exc
-    lines = [
-        table(BENCH_COLUMNS, [_bench_row(one) for one in comparisons]),
+        _write(out, b"")  # a file that cannot be written is better known before the run than after it
+    with Progress("timing") as progress:
+        report = run_bench(problems, policy, options, progress=progress.step)
+    if out is not None:
+        _write(out, msgspec.json.format(msgspec.json.encode(report), indent=1) + b"\n")
+    broken = [one for one in report.failures if one.side != "compile"]
+    return Result("\n".join(_bench_lines(report)), msgspec.structs.asdict(report), ok=not broken)
+
+
+def _write(file: Path, text: bytes) -> None:
+    """Write a whole file; nothing to write only looks whether that would work, and leaves what is there."""
+    try:
+        with file.open("wb" if text else "ab") as opened:
+            opened.write(text)
+    except OSError as exc:
+        raise PlanFileError(path=str(file), reason=f"cannot be written: {exc.strerror or exc}") from exc
+
+
+def _bench_lines(report: BenchReport) -> list[str]:
+    extra: dict[str, Side] = {}
+    if any(one.compiled is not None for one in report.comparisons):
+        extra["compile"] = "right"
+    if any(one.regret is not None for one in report.comparisons):
+        extra["regret"] = "right"
+    columns = {**BENCH_COLUMNS, **extra, "note": BENCH_COLUMNS["note"]}
+    order = [name for name in columns if name != "note"] + ["note"]
+    rows = []
+    for one in report.comparisons:
+        cells = _bench_cells(one)
+        rows.append(tuple(cells[name] for name in order))
+    return [
+        table({name: columns[name] for name in order}, rows),
         "",
-        f"geometric mean {report.geometric_mean:.3f} over {len(comparisons)} problems, {len(report.losses)} losses",
-        *(f"loss: {one.name} {one.ratio:.3f} ({one.problem})" for one in comparisons if one.is_loss),
-        *(f"failed: {name}: {reason.partition(chr(10))[0]}" for name, reason in failures),
+        *map(_total_line, sorted(report.totals, key=lambda total: total.suite != "all")),
+        *(
+            f"loss: {one.name} {one.ratio:.3f}, {one.reason} ({one.problem})"
+            for one in report.comparisons
+            if one.is_loss
+        ),
+        *(f"failed: {one.name}: {one.side}: {one.error.partition(chr(10))[0]}" for one in report.failures),
         *report.environments,
     ]
-    data = {
-        **msgspec.structs.asdict(report),
-        "failures": [{"name": name, "error": reason} for name, reason in failures],
-    }
-    return Result("\n".join(lines), data, ok=not failures)
 
 
-def _bench_row(one: Comparison) -> tuple[str, ...]:
-    notes = ("loss" if one.is_loss else "", "" if one.from_plan else "not run by a plan")
+def _total_line(total: Total) -> str:
+    of = "" if total.suite == "all" else f"{total.suite or 'without a suite'}: "
+    compiled = total.geometric_mean_compiled
     return (
-        one.name,
-        one.chosen or "-",
-        f"{human_us(one.stock.median_us)} ± {human_us(one.stock.spread_us)}",
-        f"{human_us(one.convplan.median_us)} ± {human_us(one.convplan.spread_us)}",
-        f"{one.ratio:.3f}",
-        ", ".join(filter(None, notes)),
+        f"{of}geometric mean {total.geometric_mean:.3f} over {total.problems} problems, worst {total.worst:.3f}, "
+        f"{total.below_0_98} below 0.98, {total.below_0_97} below 0.97"
+        + ("" if compiled is None else f"; torch.compile / convplan {compiled:.3f}")
     )
+
+
+def _bench_cells(one: Comparison) -> dict[str, str]:
+    notes = (
+        "loss" if one.is_loss else "",
+        "" if one.from_plan else "not run by a plan",
+        *(f"{who} timed by {side.how}" for who, side in _sides(one) if side.how == "events around launches"),
+    )
+    return {
+        "problem": one.name,
+        "chosen": one.chosen or "-",
+        "stock": f"{human_us(one.stock.median_us)} ± {human_us(one.stock.spread_us)}",
+        "convplan": f"{human_us(one.convplan.median_us)} ± {human_us(one.convplan.spread_us)}",
+        "ratio": f"{one.ratio:.3f}",
+        "compile": "-" if one.compiled is None else human_us(one.compiled.median_us),
+        "regret": "-" if one.regret is None else f"{one.regret.median:.3f} worst {one.regret.worst:.3f}",
+        "note": ", ".join(filter(None, notes)),
+    }
+
+
+def _sides(one: Comparison) -> list[tuple[str, Timing]]:
+    return [("stock torch", one.stock), ("convplan", one.convplan)]
 
 
 def demo(names: tuple[str, ...], *, budget_s: float) -> Result:

@@ -14,7 +14,7 @@ from convplan._errors import ConvPlanError, StoreError, WrongResult
 from convplan._store import PlanStore, StoredRow, current_environments
 from convplan.cli.output import Progress, Result
 from convplan.cli.planning import KEY_SHOWN
-from convplan.report import human_us, table
+from convplan.report import group_rejected, human_us, stock_torch, table
 
 if TYPE_CHECKING:
     from convplan._environment import Environment
@@ -112,8 +112,8 @@ def _listed(row: StoredRow, here: tuple[Environment, ...] | None) -> Listed:
     )
 
 
-def explain(key: str) -> Result:
-    """The whole evidence of one stored plan."""
+def explain(key: str, *, every_rejection: bool) -> Result:
+    """The whole evidence of one stored plan, and what it is compared with."""
     with PlanStore.default() as store:
         found = list(store.rows(key_prefix=key.strip().lower()))
     if not found:
@@ -124,7 +124,15 @@ def explain(key: str) -> Result:
     row = found[0]
     if row.record is None:
         raise StoreError(path=store.location, reason=f"the plan {row.key} cannot be used: {row.trouble}")
-    return Result(row.record.explain(), {"key": row.key, "record": row.record})
+    record = row.record
+    data = {
+        "key": row.key,
+        "record": record,
+        "stock_torch": stock_torch(record),
+        "hardware_limit": None if record.limit is None else record.limit._asdict(),
+        "rejected": [group for group, _ in group_rejected(record.rejected)],
+    }
+    return Result(record.explain(every_rejection=every_rejection), data)
 
 
 def verify(*, key_prefix: str, engine: str | None, every_rank: bool) -> Result:
@@ -182,26 +190,28 @@ def _verify(record: PlanRecord, rank: int) -> Verified:
     )
 
 
-def export(path: Path, *, key_prefix: str, engine: str | None, device: str | None) -> Result:
+def export(path: Path, *, key_prefix: str, engine: str | None, device: str | None, serialized: bool) -> Result:
     """Write stored plans to a JSON file."""
     from convplan import export_plans
 
-    report = export_plans(path, key_prefix=key_prefix, engine=engine, device=device)
+    report = export_plans(path, key_prefix=key_prefix, engine=engine, device=device, serialized=serialized)
+    compiled = f", with {report.serialized} serialized ones" if report.serialized else ""
     lines = [
-        f"{report.exported} plans written to {report.path}",
+        f"{report.exported} plans written to {report.path}{compiled}",
         *(f"left out: {key}: {reason}" for key, reason in report.left_out),
     ]
     return Result("\n".join(lines), msgspec.structs.asdict(report) | {"left_out": _reasons(report.left_out)})
 
 
-def import_(path: Path, *, dry_run: bool) -> Result:
+def import_(path: Path, *, dry_run: bool, serialized: bool) -> Result:
     """Take the plans of a JSON file into the store; the answer is no when one was refused."""
     from convplan import import_plans
 
-    report = import_plans(path, dry_run=dry_run)
+    report = import_plans(path, dry_run=dry_run, serialized=serialized)
     lines = [
         f"{'would be ' if dry_run else ''}added {report.added}, replaced {report.replaced}, kept {report.kept}, "
-        f"refused {len(report.refused)}; {report.elsewhere} belong to other environments",
+        f"refused {len(report.refused)}; {report.elsewhere} belong to other environments"
+        + (f"; {report.serialized} serialized plans" if report.serialized else ""),
         *(f"refused: {name}: {reason}" for name, reason in report.refused),
     ]
     data = msgspec.structs.asdict(report) | {"refused": _reasons(report.refused)}
@@ -220,8 +230,9 @@ def check() -> Result:
     lines = [
         *(f"{problem.key}: {problem.reason}" for problem in report.problems),
         *(f"file: {complaint}" for complaint in report.integrity),
-        f"{report.rows} plans in {report.location}: {len(report.problems)} cannot be used, "
-        f"{report.elsewhere} belong to other environments",
+        f"{report.rows} plans in {report.location}: {len(report.problems)} rows cannot be used, "
+        f"{report.elsewhere} belong to other environments; {report.serialized} serialized plans, "
+        f"{report.errata} learned errata",
     ]
     return Result("\n".join(lines), msgspec.structs.asdict(report) | {"ok": report.ok}, ok=report.ok)
 

@@ -101,6 +101,7 @@ class AtenEngine:
             workspace_bytes=_workspace_bytes(problem, layout, path, via, compute),
             flops=float(problem.flops),
             source=LAST_RESORT if problem.device == "cuda" else FALLBACK if path is Path.NATIVE else "heuristic",
+            stock=_stock_call(problem, layout, path, via, compute),
         )
 
     def build(self, problem: Problem, config: EngineConfig, policy: Policy) -> Built:
@@ -136,6 +137,18 @@ class AtenEngine:
 
 
 Core = Callable[[torch.Tensor, torch.Tensor, "torch.Tensor | None"], torch.Tensor]
+
+
+def _stock_call(problem: Problem, layout: Layout, path: Path, via: Via, compute: Compute) -> str:
+    """What torch runs like this by itself, with the flags that `build` gives it; empty where a knob is turned."""
+    if (layout, path, compute) != (Layout.AS_GIVEN, Path.STOCK, Compute.OWN) or via is Via.FLIPPED:
+        return ""
+    call = {"fprop": "convolution", "wgrad": "gradient for the weight"}.get(problem.op)
+    if call is None:  # a dgrad is either of two things to torch
+        call = "transposed convolution" if via is Via.TRANSPOSED else "gradient for the input"
+    if not _Padding(problem.padding).is_symmetric:
+        call += ", uneven padding done apart"
+    return call + (", cudnn.benchmark=False" if problem.device == "cuda" else "")
 
 
 def _layouts(problem: Problem) -> list[Layout]:
@@ -206,7 +219,7 @@ def _fprop_in_one_frame(problem: Problem, policy: Policy, run_and_deliver: Run) 
     stride, dilation, groups = list(problem.stride), list(problem.dilation), problem.groups
     padding, zeros, wanted = [before for before, _ in problem.padding], [0] * len(stride), problem.output.strides
     deterministic, tf32 = bool(policy.deterministic), bool(policy.allow_tf32)
-    convolution = torch._convolution
+    convolution, cudnn = torch._convolution, torch.backends.cudnn.enabled
 
     def run(
         first: torch.Tensor, second: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor | None
@@ -214,7 +227,7 @@ def _fprop_in_one_frame(problem: Problem, policy: Policy, run_and_deliver: Run) 
         if out is not None:
             return run_and_deliver(first, second, bias, out)
         result = convolution(
-            first, second, bias, stride, padding, dilation, False, zeros, groups, False, deterministic, True, tf32
+            first, second, bias, stride, padding, dilation, False, zeros, groups, False, deterministic, cudnn, tf32
         )
         return result if result.stride() == wanted else deliver(result, problem.output, None)
 
@@ -369,12 +382,12 @@ def _convolve(
     stride, dilation, groups = list(problem.stride), list(problem.dilation), problem.groups
     outer = output_padding or [0] * len(stride)
     deterministic, tf32 = bool(policy.deterministic), bool(policy.allow_tf32)
-    convolution = torch._convolution
+    convolution, cudnn = torch._convolution, torch.backends.cudnn.enabled
 
     def run(first: torch.Tensor, second: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         return convolution(
             first, second, bias, stride, padding, dilation, transposed, outer, groups,
-            False, deterministic, True, tf32,
+            False, deterministic, cudnn, tf32,
         )  # fmt: skip
 
     return run
@@ -468,10 +481,11 @@ def _backward(problem: Problem, policy: Policy, padding: list[int], mask: list[b
     if problem.device != "cuda":
         return run
     deterministic, tf32 = bool(policy.deterministic), bool(policy.allow_tf32)
+    cudnn = torch.backends.cudnn.enabled
 
     def run_with_flags(y: torch.Tensor, x: torch.Tensor, w: torch.Tensor) -> Sequence[torch.Tensor]:
         # Unlike the forward, torch's backward reads its flags from global state.
-        with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=deterministic, allow_tf32=tf32):
+        with torch.backends.cudnn.flags(enabled=cudnn, benchmark=False, deterministic=deterministic, allow_tf32=tf32):
             return run(y, x, w)
 
     return run_with_flags

@@ -9,6 +9,7 @@ the group `convplan.engines` that names the class. Nothing else changes.
 
 from __future__ import annotations
 
+import functools
 import logging
 import threading
 from collections.abc import Callable, Iterable, Sequence
@@ -36,6 +37,22 @@ Returns a tensor with the dims and strides of `problem.output`: a new one, or `o
 """
 
 
+@functools.lru_cache(maxsize=1024)
+def _in_order(engine: str, names: tuple[str, ...]) -> bool:
+    """Check the names of a configuration, and say whether its knobs are sorted. The same few come again and again.
+
+    Raises:
+        SpecError: one of them is no name.
+    """
+    if not engine or len(engine) > MAX_NAME or engine != normalize_name(engine):
+        raise SpecError(f"engine is {engine!r}, expected a lower-case name of 1 to {MAX_NAME} characters")
+    if any(not name or len(name) > MAX_NAME for name in names) or len(names) > 64:
+        raise SpecError(f"knobs are named {names!r}, expected at most 64 names of 1 to {MAX_NAME} characters")
+    if len(set(names)) != len(names):
+        raise SpecError(f"knobs are named {names!r}, expected every name once")
+    return list(names) == sorted(names)
+
+
 class EngineConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, order=True, cache_hash=True):
     """One way to run a problem: an engine's name and its knobs, named integers sorted by name.
 
@@ -46,14 +63,12 @@ class EngineConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, orde
     knobs: tuple[tuple[str, int], ...] = ()
 
     def __post_init__(self) -> None:
-        if not self.engine or len(self.engine) > MAX_NAME or self.engine != normalize_name(self.engine):
-            raise SpecError(f"engine is {self.engine!r}, expected a lower-case name of 1 to {MAX_NAME} characters")
-        if any(not name or len(name) > MAX_NAME for name, _ in self.knobs) or len(self.knobs) > 64:
-            raise SpecError(f"knobs are {self.knobs!r}, expected at most 64 names of 1 to {MAX_NAME} characters")
-        if len(dict(self.knobs)) != len(self.knobs):
-            raise SpecError(f"knobs are {self.knobs!r}, expected every name once")
-        # int(): engines count knobs with enumerations of their own, which have no place in a stored identity.
-        msgspec.structs.force_setattr(self, "knobs", tuple(sorted((name, int(value)) for name, value in self.knobs)))
+        # A stored plan holds some sixty of these, and most of the time of reading it is spent here.
+        names = tuple([name for name, _ in self.knobs])
+        if not _in_order(self.engine, names) or {type(value) for _, value in self.knobs} - {int}:
+            # int(): engines count knobs with enumerations of their own, which have no place in a stored identity.
+            in_order = tuple(sorted((name, int(value)) for name, value in self.knobs))
+            msgspec.structs.force_setattr(self, "knobs", in_order)
 
     @classmethod
     def of(cls, engine: str, /, **knobs: int) -> EngineConfig:
@@ -115,10 +130,14 @@ class Candidate(msgspec.Struct, frozen=True):
         config: identity.
         notes: numerical and behaviour notes.
         workspace_bytes: scratch memory it will need, None where only building tells.
-        flops: operations this method does, None where unknown. Lets candidates that cannot win be left unrun.
+        flops: operations this method does at least, None where unknown. Lets candidates that cannot win be left unrun,
+            on a GPU unless they carry TENSOR_CORE.
+        moved_bytes: bytes this method reads and writes for certain, None where unknown; for the same purpose.
         source: which list it comes from: `heuristic` or an engine's own name for it, `fallback` for what is tried after
             all of those, `last_resort` for what comes after everything.
         refused: why the engine itself says this configuration must not run, empty when it may.
+        stock: what torch runs exactly like this when convplan is not there, in words such as `convolution`, and with
+            the flags it then has; empty for what torch does not do by itself.
     """
 
     config: EngineConfig
@@ -127,6 +146,8 @@ class Candidate(msgspec.Struct, frozen=True):
     flops: float | None = None
     source: str = "heuristic"
     refused: str = ""
+    moved_bytes: int | None = None
+    stock: str = ""
 
 
 class Built(msgspec.Struct, frozen=True):

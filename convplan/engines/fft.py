@@ -48,6 +48,7 @@ BLOCKS: dict[int, tuple[int, tuple[int, ...]]] = {
 }
 CHUNK_BYTES = {"cpu": 4 * 2**20}  # spectra worked on at a time, so that they stay in the cache
 CHUNK_BYTES_ELSEWHERE = 256 * 2**20  # a GPU wants few large launches instead
+GPU_ADVANTAGE = 8  # operations that a GPU does of a direct method in the time of one of ours, which waits for memory
 PRODUCTS_FROM = 0.35  # see `_by_products`
 ODD_FACTORS = (1, 5, 7)  # good lengths are 2**a 3**b times one of these; a second 5 or 7 costs more than it saves
 
@@ -80,12 +81,16 @@ class FftEngine:
         candidates = []
         for block in _block_lengths(problem):
             fold = _fold(problem, block)
+            if problem.device == "cuda" and _flops(fold) * GPU_ADVANTAGE > problem.flops:
+                continue
+            workspace = _chunks(problem, fold).workspace_bytes
             candidates.append(
                 Candidate(
                     EngineConfig.of(self.name, block=block),
                     notes=NOTES_TF32 if may_use_tf32(problem) else NOTES,
-                    workspace_bytes=_chunks(problem, fold).workspace_bytes,
+                    workspace_bytes=workspace,
                     flops=_flops(fold),
+                    moved_bytes=2 * workspace,  # spectra are written and read
                 )
             )
         return sorted(candidates, key=lambda candidate: candidate.flops or 0.0)

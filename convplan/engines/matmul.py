@@ -212,11 +212,13 @@ def _candidate(problem: Problem, knobs: _Knobs) -> Candidate:
         numerical = ["TENSOR_CORE", "REDUCED_PRECISION_REDUCTION"]  # torch lets cuBLAS reduce split sums in 16 bits
     elif may_use_tf32(problem):
         numerical = ["TENSOR_CORE"]
+    columns = _method(problem, knobs)[1]
     return Candidate(
         config=knobs.config(),
         notes=Notes(numerical=tuple(numerical)),
-        workspace_bytes=_method(problem, knobs)[1] + _Output(problem, knobs).workspace_bytes,
+        workspace_bytes=columns + _Output(problem, knobs).workspace_bytes,
         flops=float(problem.flops),
+        moved_bytes=2 * columns,  # written and read
     )
 
 

@@ -6,6 +6,7 @@ ABSENT = "-"
 
 _TIME_UNITS = ((1e6, "s"), (1e3, "ms"), (1.0, "us"))  # microseconds in one unit
 _BYTE_UNITS = ((2**40, "TiB"), (2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB"))
+_DECIMAL = ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 
 
 def human_us(microseconds: float | None) -> str:
@@ -31,3 +32,12 @@ def human_bytes(count: int | None) -> str:
         if abs(count) >= size:
             return f"{count / size:.1f} {unit}"
     return f"{count} B"
+
+
+def human_count(count: float) -> str:
+    """A number with a decimal prefix for a unit to follow: `80.3 M`, `4.80 T`, `512 `."""
+    for size, prefix in _DECIMAL:
+        if abs(count) >= size:
+            scaled = count / size
+            return f"{scaled:.{0 if scaled >= 100 else 1 if scaled >= 10 else 2}f} {prefix}"
+    return f"{count:.0f} "

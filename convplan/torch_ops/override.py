@@ -54,6 +54,7 @@ _num_threads = torch.get_num_threads
 _matmul_precision = torch._C._get_float32_matmul_precision
 _algorithms_deterministic = torch._C._get_deterministic_algorithms
 _cudnn_deterministic = torch._C._get_cudnn_deterministic
+_cudnn_enabled = torch._C._get_cudnn_enabled
 _fp32_precision: Callable[[str, str], str] = getattr(
     torch._C, "_get_fp32_precision_getter", lambda backend, op: str(torch._C._get_cudnn_allow_tf32())
 )
@@ -76,8 +77,14 @@ def live_flags(device: int, dtype: torch.dtype | None = None) -> tuple[object, .
             _cudnn_deterministic(),
         )
     if dtype is _FLOAT32 or dtype is None:
-        return _algorithms_deterministic(), _cudnn_deterministic(), _matmul_precision(), _fp32_precision("cuda", "conv")
-    return _algorithms_deterministic(), _cudnn_deterministic()
+        return (
+            _algorithms_deterministic(),
+            _cudnn_deterministic(),
+            _cudnn_enabled(),
+            _matmul_precision(),
+            _fp32_precision("cuda", "conv"),
+        )
+    return _algorithms_deterministic(), _cudnn_deterministic(), _cudnn_enabled()
 
 
 class _Seen:
@@ -88,9 +95,10 @@ class _Seen:
     """
 
     __slots__ = (
-        "algorithms_deterministic", "bias", "caller", "cudnn_deterministic", "device", "dilation", "dtype", "dy_dtype",
-        "dy_low", "dy_shape", "dy_strides", "few_flags", "flags", "groups", "hits", "mask", "output_padding", "padding",
-        "stride", "token", "transposed", "w_dtype", "w_shape", "w_strides", "x_low", "x_shape", "x_strides",
+        "algorithms_deterministic", "bias", "caller", "cudnn_deterministic", "cudnn_enabled", "device", "dilation",
+        "dtype", "dy_dtype", "dy_low", "dy_shape", "dy_strides", "few_flags", "flags", "groups", "hits", "mask",
+        "output_padding", "padding", "stride", "token", "transposed", "w_dtype", "w_shape", "w_strides", "x_low",
+        "x_shape", "x_strides",
     )  # fmt: skip
 
     def __init__(self, x: Tensor, w: Tensor, flags: tuple[object, ...], **parts: Any) -> None:
@@ -99,9 +107,10 @@ class _Seen:
         self.dtype, self.device, self.hits = x.dtype, x.get_device(), local.callers.hits
         for name, value in parts.items():
             setattr(self, name, value)
-        # Two of the flags are compared first, and for most tensors on a GPU there are no others.
+        # Three of the flags are compared one by one, and for most tensors on a GPU there are no others.
         self.algorithms_deterministic, self.cudnn_deterministic = _algorithms_deterministic(), _cudnn_deterministic()
-        self.flags, self.few_flags = flags, len(flags) == 2
+        self.cudnn_enabled = _cudnn_enabled()
+        self.flags, self.few_flags = flags, len(flags) == 3
 
 
 def _forward(
@@ -137,6 +146,7 @@ def _forward(
         and (bias is None if seen.bias is None else bias is not None and (bias.shape, bias.dtype) == seen.bias)
         and _algorithms_deterministic() is seen.algorithms_deterministic
         and _cudnn_deterministic() is seen.cudnn_deterministic
+        and _cudnn_enabled() is seen.cudnn_enabled
         and (seen.few_flags or live_flags(seen.device, seen.dtype) == seen.flags)
     ):
         seen.hits[0] += 1
@@ -212,6 +222,7 @@ def _backward(
         and bias_sizes == seen.bias
         and _algorithms_deterministic() is seen.algorithms_deterministic
         and _cudnn_deterministic() is seen.cudnn_deterministic
+        and _cudnn_enabled() is seen.cudnn_enabled
         and (seen.few_flags or live_flags(seen.device, seen.dtype) == seen.flags)
     ):
         seen.hits[0] += 1

@@ -345,12 +345,36 @@ def test_flags_of_torch_are_followed_as_they_are_now() -> None:
     notes = {}
     for tf32 in (True, False):
         for deterministic in (True, False):
-            with torch.backends.cudnn.flags(deterministic=deterministic, allow_tf32=tf32):
+            with torch.backends.cudnn.flags(enabled=True, deterministic=deterministic, allow_tf32=tf32):
                 record = convplan.plan(convplan.problem("wgrad", x, w, padding=1), Policy(effort="instant"))
             notes[tf32, deterministic] = {note for e in record.ranking for note in e.notes.numerical}
     assert "TENSOR_CORE" in notes[True, False]
     assert "TENSOR_CORE" not in notes[False, False] | notes[False, True]
     assert "NONDETERMINISTIC" not in notes[True, True] | notes[False, True]
+
+
+@pytest.mark.behaviour("B33")
+def test_torchs_switch_for_cudnn_is_followed_at_every_call() -> None:
+    x, w = tensors()
+    w.requires_grad_()
+    with convplan.enabled(Policy(effort="instant")):
+
+        def misses() -> int:
+            before = convplan.stats()["misses"]
+            y = F.conv2d(x, w, padding=1)
+            torch.autograd.grad(y.sum(), w)
+            found = convplan.stats()["misses"] - before
+            close(y.detach(), x, w.detach())  # a convolution as well
+            return found
+
+        assert [misses(), misses()] == [2, 0]
+        with torch.backends.cudnn.flags(enabled=False):
+            assert [misses(), misses()] == [2, 0]
+            record = convplan.plan(convplan.problem("fprop", x, w, padding=1))
+            assert "cudnn" not in {e.config.engine for e in record.ranking}
+            assert dict(record.environment.items)["cudnn"] == "off"
+        assert misses() == 0
+    assert "cudnn" in {e.config.engine for e in convplan.plan(convplan.problem("fprop", x, w, padding=1)).ranking}
 
 
 @pytest.mark.behaviour("B15")
