@@ -310,10 +310,7 @@ def shipped(build: Callable[..., Ran], run: Callable[..., Ran], tmp_path: Path) 
 
 def counted() -> dict[str, int]:
     found = convplan.stats()
-    return {
-        name: getattr(found, name) if hasattr(found, name) else found[name]
-        for name in ("planned", "from_store", "tuned")
-    }
+    return {name: found[name] for name in ("planned", "from_store", "tuned")}
 
 
 @pytest.mark.behaviour("C7")
@@ -336,6 +333,20 @@ def test_they_are_the_untuned_plans_at_first_sight(policy: Policy, shipped: str,
     assert str(record.config) == shipped
     assert record.environment.is_ahead
     assert counted() == {"planned": 0, "from_store": 1, "tuned": 0}
+
+
+@pytest.mark.behaviour("C1")
+def test_their_serialized_forms_travel_with_them(shipped: str, there: Callable[..., None], cudnn: CudnnEngine) -> None:
+    there()
+    _, record = _runtime.decide(on_gpu(), INSTANT)
+    for evidence in record.ranking[:LEADING]:
+        serialized = _runtime.store().serialized(record, evidence.config)
+        assert serialized is not None
+        restored = cudnn.restore(record.problem, evidence.config, record.policy, serialized)
+        assert restored.serialize is not None
+        assert restored.serialize() == serialized
+    assert str(record.config) == shipped
+    assert _runtime.store().serialized(record, record.ranking[LEADING].config) is None, "it was not built"
 
 
 def test_a_replay_of_measured_plans_does_not_take_them(shipped: str, there: Callable[..., None]) -> None:
