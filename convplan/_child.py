@@ -23,6 +23,7 @@ from typing import IO
 PARENT_VARIABLE = "_PARENT_OF_CHILD"  # between the two sides only
 SHOWN_STDERR_BYTES = 2_000
 CLOSING_S = 2.0  # a child told to end may take that long
+KILLING_S = 30.0  # the kernel may wait for a GPU before it takes a killed process down
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
@@ -63,16 +64,19 @@ class Child:
 
     Raises:
         OSError: it cannot be started.
+        ValueError: this system has no such processes.
     """
 
     def __init__(self, module: str, arguments: Sequence[str] = (), environ: Mapping[str, str] | None = None) -> None:
         ours, theirs = _pipe()
         self._stderr: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 - closed in `close`
-        paths = [str(Path(__file__).parent.parent), *filter(None, sys.path)]  # what can be imported here can be there
+        # What can be imported here can be there, and nothing else: `python -m` would put its directory in front.
+        paths = [str(Path(__file__).parent.parent), *(path or str(Path.cwd()) for path in sys.path)]
         variables = {
             **os.environ,
             **(environ or {}),
             "PYTHONPATH": os.pathsep.join(dict.fromkeys(paths)),
+            "PYTHONSAFEPATH": "1",  # Python 3.10 does not know it
             PARENT_VARIABLE: f"{theirs.fileno()} {os.getpid()}",
         }
         with theirs:
@@ -121,7 +125,7 @@ class Child:
             status = self._process.wait(CLOSING_S)
         except subprocess.TimeoutExpired:  # it closed its end and lives on
             self.kill()
-            status = self._process.wait()
+            status = self._process.poll() or -signal.SIGKILL
         size = self._stderr.seek(0, os.SEEK_END)
         self._stderr.seek(max(0, size - SHOWN_STDERR_BYTES))
         said = self._stderr.read().decode(errors="replace").strip()
@@ -131,7 +135,8 @@ class Child:
         """End it now, with everything that it started."""
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self._process.pid, signal.SIGKILL)
-        self._process.wait()
+        with contextlib.suppress(subprocess.TimeoutExpired):  # it answers nobody any more, and that is what matters
+            self._process.wait(KILLING_S)
 
     def close(self) -> None:
         """Let it end by itself, and end it when it does not."""
@@ -150,6 +155,14 @@ class Child:
         self.close()
 
 
+_this_is_a_child = False
+
+
+def in_child() -> bool:
+    """Whether this process is one that `Child` started, and may be lost without anybody minding."""
+    return _this_is_a_child
+
+
 def connection_to_parent() -> Connection:
     """The child's end: `recv_bytes` and `send_bytes`. From here on the process ends when its parent does.
 
@@ -163,6 +176,8 @@ def connection_to_parent() -> Connection:
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
         if os.getppid() != int(parent):  # gone before that was set
             raise SystemExit(1)
+    global _this_is_a_child
+    _this_is_a_child = True
     return Connection(int(number))
 
 

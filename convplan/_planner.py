@@ -11,6 +11,7 @@ import datetime
 import functools
 import logging
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -19,7 +20,7 @@ import msgspec
 
 from convplan import __version__
 from convplan._environment import Environment
-from convplan._errors import ConvPlanError, NoPlan, PlanRejected, WrongResult
+from convplan._errors import ConvPlanError, ConvPlanWarning, NoPlan, PlanRejected, WrongResult
 from convplan._measure import CUTOFF, Clock, Contestant, Measurement, first_line, race
 from convplan._plan import Evidence, Plan, PlanRecord
 from convplan._policy import Effort, Policy
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     import torch
 
     from convplan._measure_cuda import GraphTimer
+    from convplan._search import Found
     from convplan._verify import Verifier
 
 log = logging.getLogger("convplan.planner")
@@ -103,13 +105,19 @@ def plan_problem(
     begin = clock()
     work: Effort = effort or policy.effort
     live, rejected = enumerate_candidates(problem, policy, work)
-    for stage in (filter_candidates, build_candidates) if work != "instant" else (filter_candidates,):
-        live, dropped = stage(live, problem, policy)
-        rejected += dropped
-    if work != "instant":
-        ranking, dropped = _prove_and_time(live, problem, policy, clock)
-    else:
+    live, dropped = filter_candidates(live, problem, policy)
+    rejected += dropped
+    found = _search(live, problem, policy, environment) if work == "exhaustive" else None
+    curve: tuple[tuple[float, float], ...] = ()
+    if found is not None:
+        ranking, dropped, curve = found
+    elif work == "instant":
         ranking, dropped = _first_that_builds(live, problem, policy)
+    else:
+        work = "measure"
+        live, unbuilt = build_candidates(live, problem, policy)
+        ranking, dropped = _prove_and_time(live, problem, policy, clock)
+        dropped = [*unbuilt, *dropped]
     rejected += dropped
     if not ranking:
         raise no_plan(problem, policy, rejected)
@@ -123,6 +131,7 @@ def plan_problem(
         planning_s=round((clock() - begin) / 1e9, 6),
         created=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         version=__version__,
+        curve=curve,
     )
     log.info("planned %s in %.3f s (%d usable, %d rejected)", record, record.planning_s, len(ranking), len(rejected))
     return record
@@ -222,6 +231,32 @@ def _build(item: _Live, problem: Problem, policy: Policy, limit_bytes: int) -> s
     except Exception as exc:  # an engine's failure costs its candidate, never the planning
         return _reason(exc)
     return _over_limit(item.built.workspace_bytes, limit_bytes)
+
+
+def _search(live: Sequence[_Live], problem: Problem, policy: Policy, environment: Environment) -> Found | None:
+    """Effort `exhaustive`; None, with a warning, where there can be no worker process to do it in."""
+    from convplan._search import search_candidates
+    from convplan._worker_link import NoWorker
+
+    limit = workspace_limit_bytes(problem, policy)
+    proposals = [(item.candidate, item.engine) for item in sorted(live, key=functools.partial(_instant_order, problem))]
+    try:
+        return search_candidates(
+            proposals,
+            problem,
+            policy,
+            environment,
+            forbidden=lambda candidate: _forbidden(candidate, problem, policy, limit),
+            engines=registry.allowed(policy.engines),
+            workspace_limit_bytes=limit,
+        )
+    except NoWorker as exc:
+        warnings.warn(
+            f"effort 'exhaustive' needs a worker process, and there is none, so 'measure' it is: {exc}",
+            ConvPlanWarning,
+            stacklevel=4,
+        )
+        return None
 
 
 def _first_that_builds(
