@@ -44,14 +44,14 @@ class ChildDied(Exception):
     """
 
     def __init__(self, status: int, said: str) -> None:
-        super().__init__(f"the process ended: {_status_text(status)}" + (f"; it said: {said}" if said else ""))
+        super().__init__(f"the process ended: {status_text(status)}" + (f"; it said: {said}" if said else ""))
         self.status = status
         self.said = said
 
     @property
     def how(self) -> str:
         """The exit status in words, such as `SIGSEGV`."""
-        return _status_text(self.status)
+        return status_text(self.status)
 
 
 class Child:
@@ -90,11 +90,17 @@ class Child:
                 start_new_session=True,
             )
         self._connection = ours
+        self._said_from = 0
 
     @property
     def pid(self) -> int:
         """The process's number."""
         return self._process.pid
+
+    @property
+    def alive(self) -> bool:
+        """It has not ended yet."""
+        return self._process.poll() is None
 
     def send(self, message: bytes) -> None:
         """Hand over one message.
@@ -126,10 +132,14 @@ class Child:
         except subprocess.TimeoutExpired:  # it closed its end and lives on
             self.kill()
             status = self._process.poll() or -signal.SIGKILL
+        return ChildDied(status, self.said())
+
+    def said(self) -> str:
+        """The end of what it wrote to its outputs since this was asked last."""
         size = self._stderr.seek(0, os.SEEK_END)
-        self._stderr.seek(max(0, size - SHOWN_STDERR_BYTES))
-        said = self._stderr.read().decode(errors="replace").strip()
-        return ChildDied(status, said)
+        self._stderr.seek(max(self._said_from, size - SHOWN_STDERR_BYTES))
+        self._said_from = size
+        return self._stderr.read().decode(errors="replace").strip()
 
     def kill(self) -> None:
         """End it now, with everything that it started."""
@@ -172,13 +182,22 @@ def connection_to_parent() -> Connection:
     number, _, parent = os.environ.pop(PARENT_VARIABLE, "").partition(" ")
     if not number.isdigit() or not parent.isdigit():
         raise SystemExit("this module is started by convplan itself and has no use on a command line")
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != int(parent):  # gone before that was set
-            raise SystemExit(1)
+    end_with_parent(int(parent))
     global _this_is_a_child
     _this_is_a_child = True
     return Connection(int(number))
+
+
+def end_with_parent(parent: int) -> None:
+    """Have the system end this process when its parent ends, which has that number. A fork does not inherit this.
+
+    Raises:
+        SystemExit: it is gone already.
+    """
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent:
+            raise SystemExit(1)
 
 
 def _pipe() -> tuple[Connection, Connection]:
@@ -187,7 +206,8 @@ def _pipe() -> tuple[Connection, Connection]:
     return multiprocessing.Pipe()
 
 
-def _status_text(status: int) -> str:
+def status_text(status: int) -> str:
+    """An exit status in words: `SIGSEGV` for -11."""
     if status >= 0:
         return f"exit status {status}"
     try:

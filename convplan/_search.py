@@ -288,8 +288,9 @@ class _Search:
         in_race = {evidence.config for evidence in raced}
         others = [tried.evidence for config, (_, tried) in self._usable.items() if config not in in_race]
         ranking = [*raced, *sorted(others, key=lambda evidence: evidence.median_us or 0.0)]
-        best_us = min((evidence.median_us or 0.0 for evidence in ranking), default=0.0)
-        hopeless = [evidence for evidence in ranking if (evidence.median_us or 0.0) > CUTOFF * best_us]
+        # First samples are compared with first samples: those of the race are another hour's.
+        best_us = min((_median_us(tried) for _, tried in self._usable.values()), default=0.0)
+        hopeless = [evidence for evidence in others if (evidence.median_us or 0.0) > CUTOFF * best_us]
         for evidence in hopeless:
             reason = f"cut off: {evidence.median_us:.1f} us, {(evidence.median_us or 0.0) / best_us:.1f} x the best"
             self._rejected.append(msgspec.structs.replace(evidence, rejected="measure", reason=reason))

@@ -52,5 +52,7 @@ def adopt_torch_state(wanted: TorchState) -> None:
             setter("cuda", "conv", "tf32" if wanted.allow_tf32 else "ieee")
         else:
             torch.backends.cudnn.allow_tf32 = wanted.allow_tf32
-    torch.use_deterministic_algorithms(wanted.deterministic_algorithms)
-    torch.backends.cudnn.deterministic = wanted.cudnn_deterministic
+    if here.deterministic_algorithms != wanted.deterministic_algorithms:
+        torch.use_deterministic_algorithms(wanted.deterministic_algorithms)  # imports torch's compiler: seconds
+    if here.cudnn_deterministic != wanted.cudnn_deterministic:
+        torch.backends.cudnn.deterministic = wanted.cudnn_deterministic

@@ -12,6 +12,7 @@ import contextlib
 import faulthandler
 import functools
 import importlib
+import os
 import time
 from collections.abc import Callable
 from multiprocessing.connection import Connection
@@ -21,7 +22,7 @@ import msgspec
 import torch
 
 from convplan import _environment
-from convplan._child import connection_to_parent
+from convplan._child import connection_to_parent, end_with_parent
 from convplan._errors import PolicyError, WrongResult
 from convplan._guards import LEAK_RUNS, Bench, Fingerprints, leak
 from convplan._measure import CUTOFF, Contestant, Measurement, Timer, _HostTimer, first_line, race
@@ -31,8 +32,10 @@ from convplan._torch_state import adopt_torch_state
 from convplan._verify import Verifier
 from convplan._worker_messages import (
     Answer,
+    Began,
     Broken,
     Doing,
+    Ended,
     EngineSpec,
     Race,
     Raced,
@@ -45,7 +48,7 @@ from convplan._worker_messages import (
     Try,
     kind_of,
 )
-from convplan.engines import registry
+from convplan.engines import _builtin, registry
 from convplan.engines.base import EngineConfig
 
 CHECK_LIMIT_S = 60.0  # comparing one output with the reference: this program's own work
@@ -64,22 +67,43 @@ class _Unfit(BaseException):
 
 
 def main() -> None:
-    """Answer requests until the parent closes its end."""
+    """Fork a worker for each `Setup`, so that the next one has everything imported, until the parent closes its end.
+
+    Nothing here starts a thread or touches a GPU, neither of which survives a fork. While a worker lives, it has the
+    connection to itself.
+    """
     connection = connection_to_parent()
+    importlib.import_module("psutil")
+    tuple(_builtin())  # for their imports; the engines themselves are made by each worker
     faulthandler.enable()  # says on stderr where a signal struck
-    worker: _Worker | None = None
-    answer: Answer
     while True:
         try:
             request = msgspec.json.decode(connection.recv_bytes(), type=Request)
         except EOFError:
             return
-        if isinstance(request, Setup):
-            worker, answer = _set_up(request, connection)
-        else:
-            assert worker is not None, "convplan bug: a request before the first"
-            answer = worker.tried(request) if isinstance(request, Try) else worker.raced(request)
-        _send(connection, answer)
+        assert isinstance(request, Setup), "convplan bug: a request before the first"
+        parent = os.getpid()
+        pid = os.fork()
+        if not pid:
+            end_with_parent(parent)
+            _work(connection, request)
+            os._exit(0)  # what the program does at its end is for the process that was there first
+        _, status = os.waitpid(pid, 0)
+        _send(connection, Ended(os.waitstatus_to_exitcode(status)))
+
+
+def _work(connection: Connection, setup: Setup) -> None:
+    """Answer requests about one problem until the parent closes its end."""
+    _send(connection, Began(os.getpid()))
+    worker, answer = _set_up(setup, connection)
+    _send(connection, answer)
+    while worker is not None:
+        try:
+            request = msgspec.json.decode(connection.recv_bytes(), type=Request)
+        except EOFError:
+            return
+        assert not isinstance(request, Setup), "convplan bug: a worker is for one problem"
+        _send(connection, worker.tried(request) if isinstance(request, Try) else worker.raced(request))
 
 
 def _send(connection: Connection, answer: Answer) -> None:

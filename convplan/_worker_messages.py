@@ -90,6 +90,18 @@ class Broken(msgspec.Struct, frozen=True, tag="broken"):
     reason: str
 
 
+class Began(msgspec.Struct, frozen=True, tag="began"):
+    """The worker's first word: its process's number."""
+
+    pid: int
+
+
+class Ended(msgspec.Struct, frozen=True, tag="ended"):
+    """The worker's process is no more. `status`: as of `subprocess`, below 0 the number of a signal."""
+
+    status: int
+
+
 class Stage(msgspec.Struct, frozen=True, tag="stage"):
     """What comes next, and the seconds after which waiting for it is given up. `config`: whose turn it is in a race."""
 
@@ -125,4 +137,4 @@ class Raced(msgspec.Struct, frozen=True, tag="raced"):
     stage: str = "crash"
 
 
-Answer = Ready | Broken | Stage | Tried | Raced
+Answer = Began | Ended | Ready | Broken | Stage | Tried | Raced
