@@ -118,14 +118,25 @@ class CudnnEngine:
         return list(found.values())
 
     def spaces(self, problem: Problem) -> Sequence[Space]:
-        """One for each of cuDNN's engines that has anything to offer, with its knobs in cuDNN's ranges."""
+        """One for each of cuDNN's engines that has anything to offer, with its knobs in the ranges that cuDNN tells.
+
+        The heuristics propose values outside of those now and then (a `split_k_buf` of -1, cuDNN 9.19): these belong
+        to the space too.
+        """
         if not self.supports(problem).ok:
             return ()
         target = self._target()
+        proposed: dict[tuple[int, str], set[int]] = {}
+        for candidate in self.configs(problem, "exhaustive"):
+            for name, value in candidate.config.knobs:
+                proposed.setdefault((candidate.config.knob("engine"), name), set()).add(value)
         return [
             Space(
                 fixed=(("engine", space.engine), *knobs.items()),
-                free=tuple((name, tuple(range(low, high + 1, step))) for name, low, high, step in space.knobs),
+                free=tuple(
+                    (name, tuple(sorted({*range(low, high + 1, step), *proposed.get((space.engine, name), ())})))
+                    for name, low, high, step in space.knobs
+                ),
             )
             for knobs, graph in _graphs(problem, target)
             for space in engine_spaces(graph, target)
