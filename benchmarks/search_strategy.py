@@ -2,8 +2,8 @@
 
     python benchmarks/search_strategy.py [--seeds 100] [--out benchmarks/results/search_strategy.json]
 
-On made-up engines (`tests/helpers/landscapes.py`), for many seeds: tries until a configuration within 2 % of the best is
-found, and how far from the best one is after a given number of tries. Nothing is timed, so every machine gives the same
+On made-up engines (`tests/helpers/landscapes.py`), for many seeds: tries until one within 2 % of the best is found,
+and how far from the best one is after a given number of tries. Nothing is timed, so every machine gives the same
 table.
 """
 

@@ -35,6 +35,7 @@ LEADERS = 12
 LEADING = 1.3  # times the best first sample: who is that close may have had bad luck
 RACES = 4  # at most, when racers take workers along
 MOST_TRIES = 5_000
+FALLBACKS = 3  # stay in the ranking however slow they are: the choice may fail later
 OVERTIME_S = 30.0  # past the budget, while nothing usable was found at all
 FILTERED_SHOWN = 3  # of one engine's forbidden configurations, among those that nobody proposed
 
@@ -290,7 +291,8 @@ class _Search:
         ranking = [*raced, *sorted(others, key=lambda evidence: evidence.median_us or 0.0)]
         # First samples are compared with first samples: those of the race are another hour's.
         best_us = min((_median_us(tried) for _, tried in self._usable.values()), default=0.0)
-        hopeless = [evidence for evidence in others if (evidence.median_us or 0.0) > CUTOFF * best_us]
+        far = [evidence for evidence in others if (evidence.median_us or 0.0) > CUTOFF * best_us]
+        hopeless = [evidence for evidence in ranking[FALLBACKS:] if evidence in far]
         for evidence in hopeless:
             reason = f"cut off: {evidence.median_us:.1f} us, {(evidence.median_us or 0.0) / best_us:.1f} x the best"
             self._rejected.append(msgspec.structs.replace(evidence, rejected="measure", reason=reason))

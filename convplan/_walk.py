@@ -209,7 +209,19 @@ class _Region:
         self._chance = torch.full((count,), rate, dtype=torch.float64)
         if tried:
             offset, _ = self._regress(_matrix([point for point, _ in tried]), built - rate, pool, 0.1)
-            self._chance = (self._chance + offset).clamp(LEAST_CHANCE, 1.0)
+            self._chance = (self._chance + offset).clamp(LEAST_CHANCE, 1.0) * self._by_value(tried, rate, pool)
+
+    def _by_value(self, tried: Sequence[tuple[Point, float | None]], rate: float, pool: torch.Tensor) -> torch.Tensor:
+        """Of each point's least lucky value, the share of tries that built, next to that of all tries; at most 1."""
+        least = torch.ones(len(pool), dtype=torch.float64)
+        for knob, values in enumerate(self._values):
+            built = torch.full((len(values) + 1,), 2 * rate, dtype=torch.float64)  # the last is for a knob left out
+            count = torch.full_like(built, 2.0)
+            for point, time in tried:
+                built[point[knob]] += time is not None
+                count[point[knob]] += 1
+            least = torch.minimum(least, (built / count / rate)[pool[:, knob]])
+        return least
 
     def _regress(
         self, known: torch.Tensor, values: torch.Tensor, pool: torch.Tensor, noise: float

@@ -158,24 +158,26 @@ class WorkerLink:
                     self.pid = answer.pid
                 elif isinstance(answer, Ended):
                     self.pid = None
-                    raise ChildDied(answer.status, host.said())
+                    raise self._crash(ChildDied(answer.status, host.said()), stage)
                 else:
                     return answer
         except ChildLate as exc:
             self._end()
             reason = f"did not come back from {stage.doing} within {stage.limit_s:g} s"
             raise Lost("stall", reason, config=stage.config) from exc
-        except ChildDied as exc:
-            if self.pid is not None:  # the host went with it
-                self._give_up()
-            said = " ".join(exc.said.split())[:SAID_CHARACTERS]
-            reason = f"the worker process ended while {stage.doing}: {exc.how}" + (f"; it said: {said}" if said else "")
-            outside = -exc.status in FROM_OUTSIDE
-            raise Lost("crash", reason, config=stage.config, from_outside=outside) from exc
+        except ChildDied as exc:  # the host, and with it the worker
+            self._give_up()
+            raise self._crash(exc, stage) from exc
         except msgspec.MsgspecError as exc:
             self._give_up()
             reason = f"the worker process answered what is no answer, while {stage.doing}: {exc}"
             raise Lost("crash", reason, config=stage.config) from exc
+
+    def _crash(self, died: ChildDied, stage: Stage) -> Lost:
+        said = " ".join(died.said.split())
+        said = f"; it said: {said[:SAID_CHARACTERS]}" if said else ""
+        reason = f"the worker process ended while {stage.doing}: {died.how}{said}"
+        return Lost("crash", reason, config=stage.config, from_outside=-died.status in FROM_OUTSIDE)
 
     def _misunderstood(self, answer: Answer) -> NoReturn:
         self._give_up()
