@@ -42,6 +42,13 @@ Engines = Annotated[
 BudgetSeconds = Annotated[
     float | None, typer.Option("--budget-s", metavar="SECONDS", help="For racing one problem's candidates.")
 ]
+Effort = Annotated[
+    str | None,
+    typer.Option("--effort", metavar="measure|exhaustive", help="How much work goes into a plan. Default: measure."),
+]
+SearchSeconds = Annotated[
+    float | None, typer.Option("--search-s", metavar="SECONDS", help="For one problem's exhaustive search.")
+]
 WorkspaceLimit = Annotated[
     int | None,
     typer.Option("--workspace-limit", parser=byte_count, metavar="BYTES", help="Scratch memory, such as 0 or 64MiB."),
@@ -106,6 +113,8 @@ def tune(
     engines: Engines = None,
     budget_s: BudgetSeconds = None,
     workspace_limit: WorkspaceLimit = None,
+    effort: Effort = None,
+    search_s: SearchSeconds = None,
     force: Annotated[bool, typer.Option("--force", help="Measure again what is stored already.")] = False,
     as_json: AsJson = False,
 ) -> Result:
@@ -121,6 +130,8 @@ def tune(
         engines=engines,
         budget_s=budget_s,
         workspace_limit_bytes=workspace_limit,
+        effort=effort,
+        search_s=search_s,
     )
     if problems is not None:
         return planning.tune(read_problems(problems), policy, force=force)
@@ -161,6 +172,8 @@ def bench(
     engines: Engines = None,
     budget_s: BudgetSeconds = None,
     workspace_limit: WorkspaceLimit = None,
+    effort: Effort = None,
+    search_s: SearchSeconds = None,
     as_json: AsJson = False,
 ) -> Result:
     """Time each problem of a file against stock torch, in shuffled rounds, planning it first where needed."""
@@ -173,6 +186,8 @@ def bench(
         engines=engines,
         budget_s=budget_s,
         workspace_limit_bytes=workspace_limit,
+        effort=effort,
+        search_s=search_s,
     )
     return planning.bench(read_problems(problems), policy, seconds=seconds, rounds=rounds, out=out)
 
