@@ -7,6 +7,7 @@ keeps memory at every run is found by the growth. What to do about either is the
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
@@ -134,6 +135,9 @@ def memory_in_use(device: torch.device, runs: int) -> tuple[Use, ...]:
         return Use(torch.cuda.memory_allocated(device), TORCH_BYTES * runs), Use(others, LEAK_BYTES)
     import psutil
 
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # of glibc
+    if trim is not None:
+        trim(0)  # else what is kept first fills what others gave back, and nothing seems to grow
     return (Use(int(psutil.Process().memory_info().rss), LEAK_BYTES),)
 
 

@@ -35,7 +35,6 @@ LEADERS = 12
 LEADING = 1.3  # times the best first sample: who is that close may have had bad luck
 RACES = 4  # at most, when racers take workers along
 MOST_TRIES = 5_000
-FALLBACKS = 3  # stay in the ranking however slow they are: the choice may fail later
 OVERTIME_S = 30.0  # past the budget, while nothing usable was found at all
 FILTERED_SHOWN = 3  # of one engine's forbidden configurations, among those that nobody proposed
 
@@ -288,17 +287,19 @@ class _Search:
         """The ranking: the race's, then the others by their first sample, the first of which is proven here."""
         in_race = {evidence.config for evidence in raced}
         others = [tried.evidence for config, (_, tried) in self._usable.items() if config not in in_race]
-        ranking = [*raced, *sorted(others, key=lambda evidence: evidence.median_us or 0.0)]
+        ranking = [*raced, *sorted(others, key=_us)]
         # First samples are compared with first samples: those of the race are another hour's.
         best_us = min((_median_us(tried) for _, tried in self._usable.values()), default=0.0)
-        far = [evidence for evidence in others if (evidence.median_us or 0.0) > CUTOFF * best_us]
-        hopeless = [evidence for evidence in ranking[FALLBACKS:] if evidence in far]
-        for evidence in hopeless:
-            reason = f"cut off: {evidence.median_us:.1f} us, {(evidence.median_us or 0.0) / best_us:.1f} x the best"
-            self._rejected.append(msgspec.structs.replace(evidence, rejected="measure", reason=reason))
-        ranking = self._proven([evidence for evidence in ranking if evidence not in hopeless])
+        far = [evidence for evidence in ranking if evidence in others and _us(evidence) > CUTOFF * best_us]
+        ranking = self._proven([evidence for evidence in ranking if evidence not in far])
         if ranking:
-            self._curve.append((round(self._elapsed_s, 3), ranking[0].median_us or 0.0))
+            for evidence in far:
+                reason = f"cut off: {_us(evidence):.1f} us, {_us(evidence) / best_us:.1f} x the best"
+                self._rejected.append(msgspec.structs.replace(evidence, rejected="measure", reason=reason))
+        else:
+            ranking = self._proven(far)  # slow is better than nothing
+        if ranking:
+            self._curve.append((round(self._elapsed_s, 3), _us(ranking[0])))
         return Found(ranking, self._rejected, tuple(self._curve))
 
     def _proven(self, ranking: list[Evidence]) -> list[Evidence]:
@@ -327,4 +328,8 @@ class _Search:
 
 
 def _median_us(tried: Tried) -> float:
-    return tried.evidence.median_us or 0.0
+    return _us(tried.evidence)
+
+
+def _us(evidence: Evidence) -> float:
+    return evidence.median_us or 0.0

@@ -18,6 +18,7 @@ from convplan.engines.base import EngineConfig, Space
 ENGINE = "made"
 SHAPES = {  # knobs of each space: how many values
     "two-engines": ((8, 6, 5, 4), (12, 8)),
+    "three-engines": ((24, 6), (7, 16), (8, 6, 5)),
     "one-wide": ((24, 4, 8, 2, 5),),
     "many-engines": ((24, 6, 8), (6, 6), (12, 2, 5), (42, 6), (7, 16), (4, 4, 4)),
 }
