@@ -23,6 +23,7 @@ from typing import IO
 PARENT_VARIABLE = "_PARENT_OF_CHILD"  # between the two sides only
 SHOWN_STDERR_BYTES = 2_000
 CLOSING_S = 2.0  # a child told to end may take that long
+KILLING_S = 30.0  # the kernel may wait for a GPU before it takes a killed process down
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
@@ -43,14 +44,14 @@ class ChildDied(Exception):
     """
 
     def __init__(self, status: int, said: str) -> None:
-        super().__init__(f"the process ended: {_status_text(status)}" + (f"; it said: {said}" if said else ""))
+        super().__init__(f"the process ended: {status_text(status)}" + (f"; it said: {said}" if said else ""))
         self.status = status
         self.said = said
 
     @property
     def how(self) -> str:
         """The exit status in words, such as `SIGSEGV`."""
-        return _status_text(self.status)
+        return status_text(self.status)
 
 
 class Child:
@@ -63,16 +64,19 @@ class Child:
 
     Raises:
         OSError: it cannot be started.
+        ValueError: this system has no such processes.
     """
 
     def __init__(self, module: str, arguments: Sequence[str] = (), environ: Mapping[str, str] | None = None) -> None:
         ours, theirs = _pipe()
         self._stderr: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 - closed in `close`
-        paths = [str(Path(__file__).parent.parent), *filter(None, sys.path)]  # what can be imported here can be there
+        # What can be imported here can be there, and nothing else: `python -m` would put its directory in front.
+        paths = [str(Path(__file__).parent.parent), *(path or str(Path.cwd()) for path in sys.path)]
         variables = {
             **os.environ,
             **(environ or {}),
             "PYTHONPATH": os.pathsep.join(dict.fromkeys(paths)),
+            "PYTHONSAFEPATH": "1",  # Python 3.10 does not know it
             PARENT_VARIABLE: f"{theirs.fileno()} {os.getpid()}",
         }
         with theirs:
@@ -86,11 +90,17 @@ class Child:
                 start_new_session=True,
             )
         self._connection = ours
+        self._said_from = 0
 
     @property
     def pid(self) -> int:
         """The process's number."""
         return self._process.pid
+
+    @property
+    def alive(self) -> bool:
+        """It has not ended yet."""
+        return self._process.poll() is None
 
     def send(self, message: bytes) -> None:
         """Hand over one message.
@@ -121,17 +131,22 @@ class Child:
             status = self._process.wait(CLOSING_S)
         except subprocess.TimeoutExpired:  # it closed its end and lives on
             self.kill()
-            status = self._process.wait()
+            status = self._process.poll() or -signal.SIGKILL
+        return ChildDied(status, self.said())
+
+    def said(self) -> str:
+        """The end of what it wrote to its outputs since this was asked last."""
         size = self._stderr.seek(0, os.SEEK_END)
-        self._stderr.seek(max(0, size - SHOWN_STDERR_BYTES))
-        said = self._stderr.read().decode(errors="replace").strip()
-        return ChildDied(status, said)
+        self._stderr.seek(max(self._said_from, size - SHOWN_STDERR_BYTES))
+        self._said_from = size
+        return self._stderr.read().decode(errors="replace").strip()
 
     def kill(self) -> None:
         """End it now, with everything that it started."""
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self._process.pid, signal.SIGKILL)
-        self._process.wait()
+        with contextlib.suppress(subprocess.TimeoutExpired):  # it answers nobody any more, and that is what matters
+            self._process.wait(KILLING_S)
 
     def close(self) -> None:
         """Let it end by itself, and end it when it does not."""
@@ -150,6 +165,14 @@ class Child:
         self.close()
 
 
+_this_is_a_child = False
+
+
+def in_child() -> bool:
+    """Whether this process is one that `Child` started, and may be lost without anybody minding."""
+    return _this_is_a_child
+
+
 def connection_to_parent() -> Connection:
     """The child's end: `recv_bytes` and `send_bytes`. From here on the process ends when its parent does.
 
@@ -159,11 +182,22 @@ def connection_to_parent() -> Connection:
     number, _, parent = os.environ.pop(PARENT_VARIABLE, "").partition(" ")
     if not number.isdigit() or not parent.isdigit():
         raise SystemExit("this module is started by convplan itself and has no use on a command line")
+    end_with_parent(int(parent))
+    global _this_is_a_child
+    _this_is_a_child = True
+    return Connection(int(number))
+
+
+def end_with_parent(parent: int) -> None:
+    """Have the system end this process when its parent ends, which has that number. A fork does not inherit this.
+
+    Raises:
+        SystemExit: it is gone already.
+    """
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != int(parent):  # gone before that was set
+        if os.getppid() != parent:
             raise SystemExit(1)
-    return Connection(int(number))
 
 
 def _pipe() -> tuple[Connection, Connection]:
@@ -172,7 +206,8 @@ def _pipe() -> tuple[Connection, Connection]:
     return multiprocessing.Pipe()
 
 
-def _status_text(status: int) -> str:
+def status_text(status: int) -> str:
+    """An exit status in words: `SIGSEGV` for -11."""
     if status >= 0:
         return f"exit status {status}"
     try:

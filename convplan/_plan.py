@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import msgspec
 
 from convplan._environment import Environment
-from convplan._errors import ExecutionFailed, SpecError
+from convplan._errors import ExecutionFailed, PlanRejected, SpecError
 from convplan._key import plan_key
 from convplan._limits import Limit, Peaks, limit_us
 from convplan._policy import Effort, Policy
 from convplan._problem import Problem, TensorSpec, normalize_strides
-from convplan.engines.base import Built, EngineConfig, Notes, Run
+from convplan.engines.base import Built, Engine, EngineConfig, Notes, Restoring, Run
 
 if TYPE_CHECKING:
     import torch
+
+log = logging.getLogger("convplan.plan")
 
 MAX_CANDIDATES = 10_000
 
@@ -121,8 +124,13 @@ class PlanRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
 
         return explain_record(self, every_rejection=every_rejection)
 
-    def build(self, rank: int = 0) -> Plan:
+    def build(self, rank: int = 0, *, serialized: bytes | None = None) -> Plan:
         """Build the choice, or the candidate ranked `rank`, into something that runs.
+
+        Args:
+            rank: which candidate.
+            serialized: what `Built.serialize` gave for it, here or elsewhere: it is restored then, if its engine takes
+                that, and else built. None: it is built.
 
         Raises:
             PlanRejected: the engine refuses the configuration now.
@@ -136,8 +144,19 @@ class PlanRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
 
         evidence = self.ranking[rank]
         engine = registry.get(evidence.config.engine)
-        built = engine.build(self.problem, evidence.config, self.policy)
-        return Plan(self.problem, evidence.config, built)
+        built = None if serialized is None else self._restored(engine, evidence.config, serialized)
+        restored = built is not None
+        built = built or engine.build(self.problem, evidence.config, self.policy)
+        return Plan(self.problem, evidence.config, built, restored=restored)
+
+    def _restored(self, engine: Engine, config: EngineConfig, serialized: bytes) -> Built | None:
+        if not isinstance(engine, Restoring):
+            return None
+        try:
+            return engine.restore(self.problem, config, self.policy, serialized)
+        except PlanRejected as exc:
+            log.warning("a serialized plan is not used, and built anew: %s", exc)
+            return None
 
     def __str__(self) -> str:
         timed = "" if self.median_us is None else f" {self.median_us:.1f} us"
@@ -156,12 +175,14 @@ class Plan:
         problem: what it computes; fixes dims, strides and dtype of every tensor.
         config: engine and knobs.
         workspace_bytes: scratch memory it takes while it runs.
+        restored: it was restored from its serialized form, and not built.
         as_torch: the entry of torch it is nothing but a call of, see `Built`.
     """
 
-    __slots__ = ("_bind", "as_torch", "config", "problem", "unchecked_run", "workspace_bytes")
+    __slots__ = ("_bind", "as_torch", "config", "problem", "restored", "unchecked_run", "workspace_bytes")
 
-    def __init__(self, problem: Problem, config: EngineConfig, built: Built) -> None:
+    def __init__(self, problem: Problem, config: EngineConfig, built: Built, *, restored: bool = False) -> None:
+        self.restored = restored
         self.problem = problem
         self.config = config
         self.workspace_bytes = built.workspace_bytes

@@ -13,6 +13,7 @@ import logging
 import math
 import os
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, cast
@@ -21,7 +22,7 @@ import msgspec
 
 from convplan import __version__
 from convplan._environment import Environment
-from convplan._errors import ConvPlanError, NoPlan, PlanRejected, WrongResult
+from convplan._errors import ConvPlanError, ConvPlanWarning, NoPlan, PlanRejected, WrongResult
 from convplan._learned import LearnedErratum, verdict
 from convplan._limits import gpu_bytes_per_us, gpu_plain_flops_per_us, measured_flops_per_us, peaks_of
 from convplan._measure import CUTOFF, Clock, Contestant, Measurement, first_line, race
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
 
     from convplan._inputs import Inputs
     from convplan._measure_cuda import GraphTimer
+    from convplan._search import Found
     from convplan._verify import Verifier
 
 log = logging.getLogger("convplan.planner")
@@ -50,6 +52,7 @@ FEWER_OPERATIONS = 20  # a method with that many times fewer operations goes fir
 INEXACT = "not exact on small integers: its arithmetic is that of a transform, which its engine does not note"
 FIRST_RUN_CUTOFF = 4 * CUTOFF  # the first call may hold one-time work; beyond this it is hopeless all the same
 FIRST_RUN_GRACE_US = 20_000.0  # and below this, one-time work can be all of it
+SERIALIZED = 2  # plans of a record that are kept serialized: the choice, and the one behind it
 RELATIVE = "relative"  # source of candidates that a relative's record proposes and no engine was asked for
 _LATER = {FALLBACK: 1, LAST_RESORT: 2}
 MOST_WORKSPACE_BYTES = 2**40  # more is out of memory without trying
@@ -104,6 +107,19 @@ def plan_problem(
     clock: Clock = time.perf_counter_ns,
     learned: Sequence[LearnedErratum] = (),
 ) -> PlanRecord:
+    """Find the ranking of plans for a problem: the record that `find_plans` makes."""
+    return find_plans(problem, policy, environment, effort=effort, clock=clock, learned=learned).record
+
+
+def find_plans(
+    problem: Problem,
+    policy: Policy,
+    environment: Environment,
+    *,
+    effort: Effort | None = None,
+    clock: Clock = time.perf_counter_ns,
+    learned: Sequence[LearnedErratum] = (),
+) -> Planned:
     """Find the ranking of plans for a problem.
 
     Args:
@@ -115,7 +131,7 @@ def plan_problem(
         learned: configurations that failed before; those that count in this environment are not run again.
 
     Returns:
-        A record with at least one usable candidate.
+        A record with at least one usable candidate, and what was built.
 
     Raises:
         NoPlan: nothing survived; lists every candidate with its reason.
@@ -130,14 +146,22 @@ def plan_problem(
         here = [one for one in learned if one.applies_in(environment)]
         live, dropped = filter_candidates(live, problem, policy, learned=here)
     rejected += dropped
-    if work != "instant":
-        with stages("build"):
-            live, dropped = build_candidates(live, problem, policy)
-        rejected += dropped
-        ranking, dropped = _prove_and_time(live, problem, policy, clock, stages)
-    else:
+    found = None
+    if work == "exhaustive":
+        with stages("search"):
+            found = _search(live, problem, policy, environment, here)
+    curve: tuple[tuple[float, float], ...] = ()
+    if found is not None:
+        ranking, dropped, curve = found
+    elif work == "instant":
         with stages("build"):
             ranking, dropped = _first_that_builds(live, problem, policy, workspace_limit_bytes(problem, policy))
+    else:
+        work = "measure"
+        with stages("build"):
+            live, unbuilt = build_candidates(live, problem, policy)
+        ranking, dropped = _prove_and_time(live, problem, policy, clock, stages)
+        dropped = [*unbuilt, *dropped]
     rejected += dropped
     if not ranking:
         raise no_plan(problem, policy, rejected)
@@ -153,9 +177,37 @@ def plan_problem(
         stages_s=tuple(stages.seconds.items()),
         created=_now(),
         version=__version__,
+        curve=curve,
     )
     log.info("planned %s in %.3f s (%d usable, %d rejected)", record, record.planning_s, len(ranking), len(rejected))
-    return record
+    built = {item.candidate.config: item.built for item in live if item.built is not None}
+    return Planned(record, built)
+
+
+class Planned:
+    """A record with what was built while it was made, so that nobody needs to build its choice again.
+
+    Attributes:
+        record: the ranking with all evidence.
+        plan: the choice, ready to run; None where another process had built it.
+    """
+
+    def __init__(self, record: PlanRecord, built: Mapping[EngineConfig, Built]) -> None:
+        self.record = record
+        self._leading = {e.config: built[e.config] for e in record.ranking[:SERIALIZED] if e.config in built}
+        choice = built.get(record.config)
+        self.plan = None if choice is None else Plan(record.problem, record.config, choice)
+
+    def serialized(self) -> dict[EngineConfig, bytes]:
+        """The serialized forms of the leading plans, of those that have one (C1)."""
+        found = {}
+        for config, built in self._leading.items():
+            if built.serialize is not None:
+                try:
+                    found[config] = built.serialize()
+                except ConvPlanError as exc:
+                    log.debug("%s is not serialized: %s", config, exc)
+        return found
 
 
 class _Stages:
@@ -403,6 +455,40 @@ def _build(item: _Live, problem: Problem, policy: Policy, limit_bytes: int) -> s
     except Exception as exc:  # an engine's failure costs its candidate, never the planning
         return _reason(exc)
     return _over_limit(item.built.workspace_bytes, limit_bytes)
+
+
+def _search(
+    live: Sequence[_Live],
+    problem: Problem,
+    policy: Policy,
+    environment: Environment,
+    learned: Sequence[LearnedErratum],
+) -> Found | None:
+    """Effort `exhaustive`; None, with a warning, where there can be no worker process to do it in."""
+    from convplan._search import search_candidates
+    from convplan._worker_link import NoWorker
+
+    limit = workspace_limit_bytes(problem, policy)
+    proposals = [(item.candidate, item.engine) for item in sorted(live, key=functools.partial(_instant_order, problem))]
+    try:
+        return search_candidates(
+            proposals,
+            problem,
+            policy,
+            environment,
+            forbidden=lambda candidate: (
+                _forbidden(candidate, problem, policy, limit) or verdict(learned, problem, candidate.config)
+            ),
+            engines=registry.allowed(policy.engines),
+            workspace_limit_bytes=limit,
+        )
+    except NoWorker as exc:
+        warnings.warn(
+            f"effort 'exhaustive' needs a worker process, and there is none, so 'measure' it is: {exc}",
+            ConvPlanWarning,
+            stacklevel=4,
+        )
+        return None
 
 
 def _first_that_builds(

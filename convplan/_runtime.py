@@ -27,16 +27,16 @@ import msgspec
 
 from convplan import _environment
 from convplan._errors import CaptureMiss, ConvPlanError, ConvPlanWarning, ExecutionFailed, NoPlan, ReplayMiss
-from convplan._learned import learned_from
+from convplan._learned import learned_from, verdict
 from convplan._lru import LeastRecentlyUsed
 from convplan._measure import first_line
 from convplan._nearest import Relatives, is_near
 from convplan._plan import Evidence, Plan, PlanRecord
-from convplan._planner import RELATIVE, plan_like, plan_problem
+from convplan._planner import COMPILED, RELATIVE, find_plans, plan_like
 from convplan._policy import EFFORTS, Effort, Policy
 from convplan._problem import Problem
 from convplan.engines import registry
-from convplan.engines.base import LAST_RESORT
+from convplan.engines.base import LAST_RESORT, Restoring
 
 if TYPE_CHECKING:
     import torch
@@ -58,6 +58,8 @@ COUNTERS = (
     "from_store",
     "from_relative",
     "replay_misses",
+    "restored",
+    "compiled",
     "fell_back",
     "failed",
 )
@@ -373,9 +375,9 @@ def _refuses_untuned(policy: Policy) -> bool:
 def _first_sight(
     choice: _Choice, problem: Problem, policy: Policy, environment: _environment.Environment
 ) -> PlanRecord:
-    stored = _stored(problem, policy, environment)
+    stored = _stored(choice, problem, policy, environment)
     if stored is None and not (_refuses_untuned(policy) or _is_due(choice, policy)):
-        stored = _built_ahead(problem, policy, environment)
+        stored = _built_ahead(choice, problem, policy, environment)
     if stored is not None:
         return stored
     if policy.mode == "replay":
@@ -436,7 +438,10 @@ def _like_relatives(
     if not nearest:
         return None
     try:
-        record, plan = plan_like(problem, policy, environment, nearest)
+        errata = store().errata(environment)
+        record, plan = plan_like(
+            problem, policy, environment, nearest, learned=lambda _, one: verdict(errata, problem, one.config)
+        )
     except NoPlan as exc:
         log.info("no relative's choice builds here: %s", exc)
         return None
@@ -447,25 +452,44 @@ def _like_relatives(
     return record
 
 
-def _stored(problem: Problem, policy: Policy, environment: _environment.Environment) -> PlanRecord | None:
+def _build(record: PlanRecord, rank: int = 0) -> Plan:
+    """One of the record's plans: restored where the store has its serialized form, else built."""
+    evidence = record.ranking[rank]
+    restores = isinstance(registry.get(evidence.config.engine), Restoring)
+    serialized = store().serialized(record, evidence.config) if restores else None
+    plan = record.build(rank, serialized=serialized)
+    if restores:
+        if plan.restored:
+            counts.add("restored")
+        elif COMPILED in evidence.notes.behavior:
+            counts.add("compiled")
+    return plan
+
+
+def _stored(
+    choice: _Choice, problem: Problem, policy: Policy, environment: _environment.Environment
+) -> PlanRecord | None:
     """The store's record, unless its choice cannot be built here any more: then the problem is planned anew."""
     found = store().lookup(problem, policy, environment)
     if found is None:
         return None
     try:
-        found.build()
+        plan = _build(found)
     except ConvPlanError as exc:
         log.info("stored plan of %s does not build any more (%s): planning it again", problem, exc)
         return None
+    choice.hand_over(found, plan)
     counts.add("from_store")
     _relatives.add(found)
     return found
 
 
-def _built_ahead(problem: Problem, policy: Policy, environment: _environment.Environment) -> PlanRecord | None:
+def _built_ahead(
+    choice: _Choice, problem: Problem, policy: Policy, environment: _environment.Environment
+) -> PlanRecord | None:
     """The store's record that was built for this GPU on a machine without one; it is untuned, as instant ones are."""
     ahead = _environment.ahead_of_time(environment)
-    return None if ahead is None else _stored(problem, policy.replace(effort="instant"), ahead)
+    return None if ahead is None else _stored(choice, problem, policy.replace(effort="instant"), ahead)
 
 
 def _tune(choice: _Choice, problem: Problem, policy: Policy, environment: _environment.Environment) -> PlanRecord:
@@ -500,11 +524,14 @@ def _plan(
     """Plan and store. When nothing survives, the choice notes it, so that later calls do not search again."""
     choice.failure = None
     try:
-        record = plan_problem(problem, policy, environment, effort=effort, learned=store().errata(environment))
+        found = find_plans(problem, policy, environment, effort=effort, learned=store().errata(environment))
     except NoPlan as exc:
         counts.add("failed")
         choice.failure = _Failure(exc.problem, exc.policy, exc.rejections, registry.generation)
         raise
+    record = found.record
+    if found.plan is not None:
+        choice.hand_over(record, found.plan)
     counts.add("planned")
     if all(evidence.source == LAST_RESORT for evidence in record.ranking):
         counts.add("fell_back")
@@ -514,7 +541,7 @@ def _plan(
         _relatives.add(record)
     store().learn(learned_from(record))
     if keep:
-        store().remember(record)
+        store().remember(record, found.serialized())
     return record
 
 
@@ -537,9 +564,9 @@ def adopt(problem: Problem, policy: Policy, *, force: bool = False) -> tuple[Pla
     replay = resolved.mode == "replay"
     with choice.lock:
         if not _suffices(choice.record, resolved):
-            choice.record = _stored(problem, resolved, environment) or choice.record
+            choice.record = _stored(choice, problem, resolved, environment) or choice.record
         if choice.record is None and resolved.effort == "instant":
-            choice.record = _built_ahead(problem, resolved, environment)
+            choice.record = _built_ahead(choice, problem, resolved, environment)
         if choice.record is not None and _suffices(choice.record, resolved) and (replay or not force):
             return choice.record, False
         if replay:
@@ -595,7 +622,7 @@ class Runner:
         for record in self._records():
             for rank in range(len(record.ranking)):
                 try:
-                    plan = record.build(rank)
+                    plan = _build(record, rank)
                 except ConvPlanError as exc:
                     tried.append((str(record.ranking[rank].config), str(exc)))
                 else:
@@ -685,7 +712,7 @@ class Runner:
                     continue
                 try:
                     with on_device(self._device):
-                        plan = record.build(rank)
+                        plan = _build(record, rank)
                     result = plan.unchecked_run(first, second, bias, out)
                 except Exception as next_exc:  # same as above: try the one after
                     failed[evidence.config] = first_line(next_exc)

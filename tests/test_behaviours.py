@@ -13,13 +13,12 @@ WITHOUT_A_TEST = {
     "B30": "fused graphs",
     "B31": "what stands in for a fused plan",
 }
-BEYOND = ("C4",)  # exhaustive tuning in a worker process
 
 
 def test_every_behaviour_has_a_test_but_those_that_are_listed() -> None:
     found = behaviours.table()
     missing = [number for number in behaviours.numbers() if not found.get(number)]
-    assert missing == [*WITHOUT_A_TEST, *BEYOND]
+    assert missing == [*WITHOUT_A_TEST]
 
 
 def test_no_test_carries_a_number_that_does_not_exist() -> None:

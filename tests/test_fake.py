@@ -13,7 +13,7 @@ from convplan._policy import Policy
 from convplan._problem import OPS, Epilogue, Op, Problem, normalize_strides
 from convplan.engines import registry
 from convplan.engines.base import Engine, EngineConfig, Notes, Run
-from convplan.engines.fake import FAILURES, Failure, FakeCandidate, FakeEngine, VirtualClock
+from convplan.engines.fake import DANGEROUS, FAILURES, SLOW, Failure, FakeCandidate, FakeEngine, VirtualClock, remade
 
 POLICY = Policy()
 PROBLEM = Problem.dense("fprop", (2, 3, 7, 6), (4, 3, 3, 3), padding=1, layout="channels_last")
@@ -66,7 +66,7 @@ def test_out_is_written_and_returned() -> None:
 # --- failures ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("fails", FAILURES)
+@pytest.mark.parametrize("fails", [name for name in FAILURES if name not in DANGEROUS])
 def test_every_failure_is_the_one_its_name_says(fails: Failure) -> None:
     engine = scripted(FakeCandidate(fails=fails, good_runs=1))
     if fails in ("unavailable", "build"):
@@ -88,12 +88,42 @@ def test_every_failure_is_the_one_its_name_says(fails: Failure) -> None:
     )
     assert has_form == (fails not in ("shape", "strides"))
     if fails != "shape":
-        assert is_right(result) == (fails in ("", "late", "strides"))
+        assert is_right(result) == (fails in ("", "late", "strides", "slow"))
     assert bool(result.isnan().any()) == (fails == "nan")
     assert torch.equal(first, INPUTS.first) == (fails != "writes_input")
     if fails == "late":
         with pytest.raises(RuntimeError, match="the script says"):
             run(first, second, bias, None)
+
+
+@pytest.mark.parametrize("fails", DANGEROUS)
+def test_dangerous_failures_refuse_to_happen_outside_of_a_worker(fails: Failure) -> None:
+    with pytest.raises(RuntimeError, match=f"'{fails}' .* for a worker process only"):
+        built(scripted(FakeCandidate(fails=fails)))(*INPUTS, None)
+
+
+def test_slow_takes_that_many_times_as_long() -> None:
+    clock = VirtualClock()
+    built(scripted(FakeCandidate(time_us=10, fails="slow"), clock=clock))(*INPUTS, None)
+    assert clock() == 10 * SLOW * 1_000
+
+
+def test_a_remade_engine_has_the_same_name_script_and_refusal() -> None:
+    engine = FakeEngine([FakeCandidate(time_us=3, fails="nan")], name="other", refuses="no")
+    maker, payload = engine.remake()
+    assert maker == "convplan.engines.fake:remade"
+    again = remade(payload)
+    assert (again.name, again.script, again.refuses) == (engine.name, engine.script, engine.refuses)
+
+
+def test_the_space_holds_what_is_not_proposed() -> None:
+    engine = scripted(FakeCandidate(), FakeCandidate(proposed=False, workspace_bytes=7))
+    assert [one.config.knob("index") for one in engine.configs(PROBLEM, "measure")] == [0]
+    (space,) = engine.spaces(PROBLEM)
+    assert space.free == (("index", (0, 1)),)
+    assert engine.candidate(PROBLEM, EngineConfig.of("fake", index=1)).workspace_bytes == 7
+    with pytest.raises(PlanRejected, match="index is 2, the script has 2"):
+        engine.candidate(PROBLEM, EngineConfig.of("fake", index=2))
 
 
 def test_a_failure_that_is_not_in_the_table_is_refused() -> None:

@@ -31,7 +31,7 @@ from convplan._nearest import (
     likely,
 )
 from convplan._plan import PlanRecord
-from convplan._planner import RELATIVE, plan_like, plan_problem
+from convplan._planner import RELATIVE, find_plans, plan_like
 from convplan.engines.base import LAST_RESORT, Candidate, EngineConfig, Notes
 from convplan.engines.fake import VirtualClock
 
@@ -357,7 +357,7 @@ UNTUNED, TUNED, SECOND = 0, 1, 2
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> VirtualClock:
     virtual = VirtualClock()
-    monkeypatch.setattr(_runtime, "plan_problem", functools.partial(plan_problem, clock=virtual))
+    monkeypatch.setattr(_runtime, "find_plans", functools.partial(find_plans, clock=virtual))
     return virtual
 
 
@@ -660,9 +660,9 @@ def test_a_family_whose_tuning_breaks_off_is_not_tuned_again_and_again(
     def breaks(*args: Any, effort: Any, **kwargs: Any) -> PlanRecord:
         if effort == "measure":
             raise MemoryError("no room")
-        return plan_problem(*args, effort=effort, **kwargs)
+        return find_plans(*args, effort=effort, **kwargs)
 
-    monkeypatch.setattr(_runtime, "plan_problem", breaks)
+    monkeypatch.setattr(_runtime, "find_plans", breaks)
     with pytest.warns(convplan.ConvPlanWarning, match="tuning broke off"):
         efforts = {decide(conv(32, 32 + i)).effort for i in range(40)}
     assert efforts == {"instant"}

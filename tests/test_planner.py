@@ -638,14 +638,14 @@ def test_planning_leaves_no_tensors_behind() -> None:
 
     def plan_all() -> list[Plan]:
         problems = [case("2d-k3").problem(op, "float32") for op in OPS]
-        records = [plan_problem(one, policy, HERE, effort=work) for one in problems for work in EFFORTS]
+        records = [plan_problem(one, policy, HERE, effort=work) for one in problems for work in EFFORTS[:2]]
         return [record.build() for record in records]
 
     plan_all()  # what is made once stays
     before = live_tensors()
     plans = plan_all()
     assert live_tensors() == before
-    assert len(plans) == len(OPS) * len(EFFORTS)
+    assert len(plans) == len(OPS) * 2
 
 
 def test_failed_planning_leaves_no_tensors_behind(engine: Script, planned: Planned) -> None:

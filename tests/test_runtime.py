@@ -25,12 +25,12 @@ from helpers.plans import run_python
 
 import convplan
 from convplan import ConvPlanWarning, NoPlan, Policy, PolicyError, Problem, ReplayMiss, SpecError, TensorSpec, _runtime
-from convplan._planner import plan_problem
+from convplan._planner import find_plans
 from convplan._runtime import DEFAULT_CACHE_LIMIT, LeastRecentlyUsed, cache_limit
 from convplan.engines import registry
 from convplan.engines.fake import FakeCandidate, FakeEngine, VirtualClock
 
-NAMES = "hits misses planned tuned from_store from_relative replay_misses fell_back failed"
+NAMES = "hits misses planned tuned from_store from_relative replay_misses restored compiled fell_back failed"
 NONE = dict.fromkeys(NAMES.split(), 0)
 
 
@@ -45,7 +45,7 @@ def _fresh() -> Iterator[None]:
 def clock(monkeypatch: pytest.MonkeyPatch) -> VirtualClock:
     """Planning's clock, which only scripts move."""
     virtual = VirtualClock()
-    monkeypatch.setattr(_runtime, "plan_problem", functools.partial(plan_problem, clock=virtual))
+    monkeypatch.setattr(_runtime, "find_plans", functools.partial(find_plans, clock=virtual))
     return virtual
 
 

@@ -46,6 +46,13 @@ Engines = Annotated[
 BudgetSeconds = Annotated[
     float | None, typer.Option("--budget-s", metavar="SECONDS", help="For racing one problem's candidates.")
 ]
+Effort = Annotated[
+    str | None,
+    typer.Option("--effort", metavar="measure|exhaustive", help="How much work goes into a plan. Default: measure."),
+]
+SearchSeconds = Annotated[
+    float | None, typer.Option("--search-s", metavar="SECONDS", help="For one problem's exhaustive search.")
+]
 WorkspaceLimit = Annotated[
     int | None,
     typer.Option("--workspace-limit", parser=byte_count, metavar="BYTES", help="Scratch memory, such as 0 or 64MiB."),
@@ -110,6 +117,8 @@ def tune(
     engines: Engines = None,
     budget_s: BudgetSeconds = None,
     workspace_limit: WorkspaceLimit = None,
+    effort: Effort = None,
+    search_s: SearchSeconds = None,
     force: Annotated[bool, typer.Option("--force", help="Measure again what is stored already.")] = False,
     as_json: AsJson = False,
 ) -> Result:
@@ -125,6 +134,8 @@ def tune(
         engines=engines,
         budget_s=budget_s,
         workspace_limit_bytes=workspace_limit,
+        effort=effort,
+        search_s=search_s,
     )
     if problems is not None:
         return planning.tune(read_problems(problems), policy, force=force)
@@ -178,9 +189,6 @@ def bench(
     regret: Annotated[
         int, typer.Option(min=0, metavar="N", help="Tune each problem N times anew and tell how good the choices are.")
     ] = 0,
-    effort: Annotated[
-        str, typer.Option(metavar="instant|measure|exhaustive", help="How much work goes into what is not stored.")
-    ] = "measure",
     stock_benchmark: Annotated[
         str, typer.Option(metavar="on|off", help="Stock torch's benchmark mode, on a GPU.")
     ] = "on",
@@ -192,11 +200,12 @@ def bench(
     engines: Engines = None,
     budget_s: BudgetSeconds = None,
     workspace_limit: WorkspaceLimit = None,
+    effort: Effort = None,
+    search_s: SearchSeconds = None,
     as_json: AsJson = False,
 ) -> Result:
     """Time each problem of a file against stock torch, each in a process of its own, planning it first where needed."""
     from convplan._bench_processes import BenchOptions
-    from convplan._errors import PolicyError
     from convplan._problem_files import read_problems
     from convplan.cli import planning
     from convplan.cli.arguments import make_policy
@@ -208,11 +217,9 @@ def bench(
         engines=engines,
         budget_s=budget_s,
         workspace_limit_bytes=workspace_limit,
+        effort=effort,
+        search_s=search_s,
     )
-    try:
-        policy = policy.replace(effort=effort)
-    except PolicyError as exc:
-        raise typer.BadParameter(str(exc)) from exc
     options = BenchOptions(
         seconds=seconds,
         rounds=rounds,

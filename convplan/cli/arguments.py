@@ -49,6 +49,8 @@ def make_policy(
     engines: str | None,
     budget_s: float | None,
     workspace_limit_bytes: int | None,
+    effort: str | None = None,
+    search_s: float | None = None,
 ) -> Policy:
     """The policy that the options describe; what was not given keeps its default."""
     chosen: dict[str, object] = {
@@ -56,6 +58,8 @@ def make_policy(
         "engines": None if engines is None else tuple(engines.split(",")),
         "budget_s": budget_s,
         "workspace_limit_bytes": workspace_limit_bytes,
+        "effort": effort,
+        "search_s": search_s,
     }
     try:
         policy = Policy().replace(**{name: value for name, value in chosen.items() if value is not None})

@@ -15,7 +15,7 @@ import msgspec
 from convplan._errors import ConvPlanError, PlanFileError, ReplayMiss
 from convplan._policy import Policy
 from convplan.cli.output import CommandError, Progress, Result
-from convplan.report import human_s, human_us, table
+from convplan.report import curve_text, human_s, human_us, table
 
 if TYPE_CHECKING:
     from convplan._bench import BenchReport, Comparison, Timing, Total
@@ -71,6 +71,7 @@ class Tuned(msgspec.Struct, frozen=True, kw_only=True):
     effort: str = ""
     median_us: float | None = None
     planning_s: float | None = None
+    curve: tuple[tuple[float, float], ...] = ()
 
 
 def tune(source: Callable[[], object] | Sequence[NamedProblem], policy: Policy, *, force: bool) -> Result:
@@ -107,7 +108,8 @@ def tune(source: Callable[[], object] | Sequence[NamedProblem], policy: Policy, 
         for one in tuned
     ]
     data = {"problems": tuned, "total": len(tuned), **count, "failed": failed, "seconds": seconds}
-    return Result(f"{table(TUNE_COLUMNS, rows)}\n\n{summary}", data, ok=not failed)
+    curves = [f"{one.name or one.problem}\n{curve_text(one.curve)}" for one in tuned if one.curve]
+    return Result("\n\n".join([table(TUNE_COLUMNS, rows), *curves, summary]), data, ok=not failed)
 
 
 def _tune_callable(source: Callable[[], object], policy: Policy, force: bool, progress: Progress) -> list[Tuned]:
@@ -141,6 +143,7 @@ def _tuned(name: str, record: PlanRecord) -> Tuned:
         effort=record.effort,
         median_us=record.median_us,
         planning_s=record.planning_s,
+        curve=record.curve,
     )
 
 

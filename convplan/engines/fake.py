@@ -7,11 +7,18 @@ default: a policy must name it (`Policy(engines=("fake",))`), or someone registe
 
 The answer is a plain sum over filter taps in float64, cast once: slow, and independent of every other engine. Time
 passes on a `VirtualClock` when the engine has one, else for real.
+
+Some failures are real ones that take a process along (`DANGEROUS`). They happen in a worker process of exhaustive
+search only, and raise RuntimeError in any other. There the engine has its equal by `remake`, where time passes for
+real.
 """
 
 from __future__ import annotations
 
+import ctypes
 import itertools
+import os
+import signal
 import threading
 import time
 from collections.abc import Sequence
@@ -20,14 +27,36 @@ from typing import Any, Literal, NoReturn
 import msgspec
 import torch
 
+from convplan._child import in_child
 from convplan._errors import EngineUnavailable, PlanRejected, SpecError
 from convplan._policy import Effort, Policy
 from convplan._problem import Problem
 from convplan.engines._support import deliver
-from convplan.engines.base import YES, Built, Candidate, EngineConfig, Notes, Support, no
+from convplan.engines.base import YES, Built, Candidate, EngineConfig, Notes, Space, Support, no
+
+SLOW = 4_000
+LEAKED_BYTES = 4 * 2**20
+CORRUPTED_BYTES = 64
 
 Failure = Literal[
-    "", "unavailable", "build", "run", "memory", "late", "wrong", "nan", "shape", "strides", "writes_input"
+    "",
+    "unavailable",
+    "build",
+    "run",
+    "memory",
+    "late",
+    "wrong",
+    "nan",
+    "shape",
+    "strides",
+    "writes_input",
+    "slow",
+    "segfault",
+    "hangs",
+    "hangs_in_build",
+    "leaks",
+    "corrupts",
+    "kills",
 ]
 
 FAILURES: dict[Failure, str] = {
@@ -42,7 +71,15 @@ FAILURES: dict[Failure, str] = {
     "shape": "returns one column too few",
     "strides": "returns another layout than asked for",
     "writes_input": "adds one to its first input",
+    "slow": f"takes {SLOW:,} times as long",
+    "segfault": "reads address 0: SIGSEGV",
+    "hangs": "never returns, and ignores polite signals",
+    "hangs_in_build": "the same when built",
+    "leaks": f"keeps {LEAKED_BYTES // 2**20} MiB at every run",
+    "corrupts": f"writes {CORRUPTED_BYTES} bytes past the end of its output",
+    "kills": "ends its process by SIGKILL, as a system short of memory does",
 }
+DANGEROUS = ("segfault", "hangs", "hangs_in_build", "leaks", "corrupts", "kills")  # in a worker process only
 
 
 class VirtualClock:
@@ -72,6 +109,7 @@ class FakeCandidate(msgspec.Struct, frozen=True, kw_only=True):
         fails: a key of `FAILURES`.
         good_runs: runs before a `late` failure.
         notes, workspace_bytes, flops, source: what the candidate says of itself.
+        proposed: `configs` lists it; else only a search through the engine's space finds it.
         built_workspace_bytes: what it turns out to need once built; None: as said before.
     """
 
@@ -85,6 +123,7 @@ class FakeCandidate(msgspec.Struct, frozen=True, kw_only=True):
     built_workspace_bytes: int | None = None
     flops: float | None = None
     source: str = "heuristic"
+    proposed: bool = True
 
     def __post_init__(self) -> None:
         if self.fails not in FAILURES:
@@ -129,17 +168,42 @@ class FakeEngine:
         return no("the problem is empty") if problem.is_empty else YES
 
     def configs(self, problem: Problem, effort: Effort) -> Sequence[Candidate]:
-        """The script's entries, in order."""
-        return [
-            Candidate(
-                config=EngineConfig.of(self.name, index=index),
-                notes=entry.notes,
-                workspace_bytes=entry.workspace_bytes,
-                flops=entry.flops,
-                source=entry.source,
+        """The script's entries that are proposed, in order."""
+        return [self._candidate(index) for index, entry in enumerate(self.script) if entry.proposed]
+
+    def _candidate(self, index: int) -> Candidate:
+        entry = self.script[index]
+        return Candidate(
+            config=EngineConfig.of(self.name, index=index),
+            notes=entry.notes,
+            workspace_bytes=entry.workspace_bytes,
+            flops=entry.flops,
+            source=entry.source,
+        )
+
+    def spaces(self, problem: Problem) -> Sequence[Space]:
+        """One: the knob `index`, with a value for each entry of the script."""
+        return [Space(free=(("index", tuple(range(len(self.script)))),))]
+
+    def candidate(self, problem: Problem, config: EngineConfig) -> Candidate:
+        """One entry.
+
+        Raises:
+            PlanRejected: the script has no such entry.
+        """
+        return self._candidate(self._index(config))
+
+    def remake(self) -> tuple[str, bytes]:
+        """For a worker process. Without the clock: there, time passes for real."""
+        return f"{__name__}:remade", msgspec.json.encode(_Remade(self.name, self.script, self.refuses))
+
+    def _index(self, config: EngineConfig) -> int:
+        index = config.knob("index", -1)
+        if not 0 <= index < len(self.script):
+            raise PlanRejected(
+                engine=self.name, config=str(config), reason=f"index is {index}, the script has {len(self.script)}"
             )
-            for index, entry in enumerate(self.script)
-        ]
+        return index
 
     def build(self, problem: Problem, config: EngineConfig, policy: Policy) -> Built:
         """Build one entry, or fail as it says.
@@ -148,14 +212,12 @@ class FakeEngine:
             PlanRejected: the script says so, or has no such entry.
             EngineUnavailable: the script says so.
         """
-        index = config.knob("index", -1)
-        if not 0 <= index < len(self.script):
-            raise PlanRejected(
-                engine=self.name, config=str(config), reason=f"index is {index}, the script has {len(self.script)}"
-            )
+        index = self._index(config)
         entry = self.script[index]
         with self._lock:
             self.builds[index] += 1
+        if entry.fails == "hangs_in_build":
+            _hang(entry)
         if entry.fails == "unavailable":
             raise EngineUnavailable(engine=self.name, needs="a script that does not fail")
         if entry.fails == "build":
@@ -190,8 +252,12 @@ class FakeEngine:
             first += 1
         result = convolve_by_taps(problem, first, second, bias, leave_out_last=entry.fails == "wrong")
         answer = _spoiled(entry, deliver(result, problem.output, out))
+        if entry.fails == "corrupts":
+            _in_worker_only(entry)
+            ctypes.memset(answer.data_ptr() + answer.numel() * answer.itemsize, 0, CORRUPTED_BYTES)
         jitter_us = (0.0, entry.jitter_us, -entry.jitter_us)[before % 3]
-        self._pass_time(entry.time_us + jitter_us + (entry.first_us if before == 0 else 0.0), begin)
+        time_us = entry.time_us * (SLOW if entry.fails == "slow" else 1)
+        self._pass_time(time_us + jitter_us + (entry.first_us if before == 0 else 0.0), begin)
         return answer
 
     def _pass_time(self, time_us: float, begin: float) -> None:
@@ -208,6 +274,49 @@ def _maybe_fail(entry: FakeCandidate, runs_before: int) -> None:
         _raise("the script says that it fails here")
     if entry.fails == "memory":
         raise torch.OutOfMemoryError("the script says that there is no memory")
+
+    if entry.fails in DANGEROUS:
+        _do_harm(entry)
+
+
+def _in_worker_only(entry: FakeCandidate) -> None:
+    if not in_child():
+        _raise(f"the script says {entry.fails!r} ({FAILURES[entry.fails]}), which is for a worker process only")
+
+
+def _do_harm(entry: FakeCandidate) -> None:
+    _in_worker_only(entry)
+    if entry.fails == "segfault":
+        ctypes.string_at(0)
+    if entry.fails == "hangs":
+        _hang(entry)
+    if entry.fails == "leaks":
+        _leaked.append(b"\x01" * LEAKED_BYTES)
+    if entry.fails == "kills":
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _hang(entry: FakeCandidate) -> NoReturn:
+    _in_worker_only(entry)
+    for polite in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        signal.signal(polite, signal.SIG_IGN)
+    while True:
+        time.sleep(1.0)
+
+
+_leaked: list[bytes] = []
+
+
+class _Remade(msgspec.Struct, frozen=True):
+    name: str
+    script: tuple[FakeCandidate, ...]
+    refuses: str
+
+
+def remade(payload: bytes) -> FakeEngine:
+    """An engine equal to the one that `remake` was called on."""
+    found = msgspec.json.decode(payload, type=_Remade)
+    return FakeEngine(found.script, name=found.name, refuses=found.refuses)
 
 
 def _raise(reason: str) -> NoReturn:

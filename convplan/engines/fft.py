@@ -35,7 +35,7 @@ from convplan._errors import PlanRejected
 from convplan._policy import Effort, Policy
 from convplan._problem import DTYPES, Op, Problem
 from convplan.engines._support import TORCH_DTYPES, deliver, dtype_refusal, empty, may_use_tf32
-from convplan.engines.base import YES, Built, Candidate, EngineConfig, Notes, Run, Support, no
+from convplan.engines.base import YES, Built, Candidate, EngineConfig, Notes, Run, Space, Support, no
 
 NOTES, NOTES_TF32 = Notes(numerical=("FFT",)), Notes(numerical=("FFT", "TENSOR_CORE"))
 
@@ -78,22 +78,47 @@ class FftEngine:
         """The whole signal at once and a few block lengths around the filter's span, least operations first."""
         if not self.supports(problem).ok:
             return ()
-        candidates = []
-        for block in _block_lengths(problem):
-            fold = _fold(problem, block)
-            if problem.device == "cuda" and _flops(fold) * GPU_ADVANTAGE > problem.flops:
-                continue
-            workspace = _chunks(problem, fold).workspace_bytes
-            candidates.append(
-                Candidate(
-                    EngineConfig.of(self.name, block=block),
-                    notes=NOTES_TF32 if may_use_tf32(problem) else NOTES,
-                    workspace_bytes=workspace,
-                    flops=_flops(fold),
-                    moved_bytes=2 * workspace,  # spectra are written and read
-                )
-            )
+        wanted = [
+            block
+            for block in _block_lengths(problem)
+            if problem.device != "cuda" or _flops(_fold(problem, block)) * GPU_ADVANTAGE <= problem.flops
+        ]
+        candidates = [self._candidate(problem, block) for block in wanted]
         return sorted(candidates, key=lambda candidate: candidate.flops or 0.0)
+
+    def _candidate(self, problem: Problem, block: int) -> Candidate:
+        fold = _fold(problem, block)
+        workspace = _chunks(problem, fold).workspace_bytes
+        return Candidate(
+            EngineConfig.of(self.name, block=block),
+            notes=NOTES_TF32 if may_use_tf32(problem) else NOTES,
+            workspace_bytes=workspace,
+            flops=_flops(fold),
+            moved_bytes=2 * workspace,  # spectra are written and read
+        )
+
+    def spaces(self, problem: Problem) -> Sequence[Space]:
+        """Every block that transforms fast, from the shortest that is proposed to the longest."""
+        if not self.supports(problem).ok:
+            return ()
+        proposed = set(_block_lengths(problem))
+        blocks, longest = set(proposed), max(proposed)
+        length = min(proposed - {0}, default=longest + 1)
+        while length <= longest:
+            blocks.add(length)
+            length = good_length(length + 1)
+        return [Space(free=(("block", tuple(sorted(blocks))),))]
+
+    def candidate(self, problem: Problem, config: EngineConfig) -> Candidate:
+        """Any block.
+
+        Raises:
+            PlanRejected: as for `build`, or an unknown knob.
+        """
+        if {name for name, _ in config.knobs} != {"block"}:
+            raise PlanRejected(engine=self.name, config=str(config), reason="expected the knob `block` and no other")
+        self._geometry(problem, config)
+        return self._candidate(problem, config.knob("block"))
 
     def build(self, problem: Problem, config: EngineConfig, policy: Policy) -> Built:
         """Work out the geometry. Nothing is compiled, and nothing is kept between runs.
@@ -101,6 +126,11 @@ class FftEngine:
         Raises:
             PlanRejected: the problem is not supported, or the block is shorter than the filter's span.
         """
+        fold = self._geometry(problem, config)
+        chunks = _chunks(problem, fold)
+        return Built(_runner(problem, fold, chunks), chunks.workspace_bytes)
+
+    def _geometry(self, problem: Problem, config: EngineConfig) -> _Fold:
         support = self.supports(problem)
         if not support.ok:
             raise PlanRejected(engine=self.name, config=str(config), reason=support.reason)
@@ -110,8 +140,7 @@ class FftEngine:
         if block < 0 or any(axis.step < 1 for axis in fold.axes):
             reason = f"block is {block}, expected 0 or at least the filter's span, {span}"
             raise PlanRejected(engine=self.name, config=str(config), reason=reason)
-        chunks = _chunks(problem, fold)
-        return Built(_runner(problem, fold, chunks), chunks.workspace_bytes)
+        return fold
 
 
 # --- Geometry: plain integers, worked out once for each plan ----------------------------------------------------------

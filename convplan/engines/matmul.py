@@ -27,7 +27,7 @@ from convplan._problem import Problem, TensorSpec
 from convplan.engines import _products
 from convplan.engines._support import TORCH_DTYPES, deliver, dtype_refusal, empty, may_use_tf32
 from convplan.engines._windows import count_phases
-from convplan.engines.base import YES, Built, Candidate, EngineConfig, Notes, Support, no
+from convplan.engines.base import YES, Built, Candidate, EngineConfig, Notes, Space, Support, no
 
 
 class Method(IntEnum):
@@ -97,18 +97,40 @@ class MatmulEngine:
         chosen = itertools.islice(dict.fromkeys(possible), 1 if effort == "instant" else MAX_CANDIDATES)
         return [_candidate(problem, knobs) for knobs in chosen]
 
+    def spaces(self, problem: Problem) -> Sequence[Space]:
+        """Every method, layout and type, and pieces of a few sizes around the one that is proposed."""
+        if not self.supports(problem).ok:
+            return ()
+        samples = problem.x.dims[0]
+        sizes = {_chunk(problem, method) for method in Method}
+        near = {int(size * share) for size in sizes for share in (0.25, 0.5, 1, 2, 4)}
+        chunks = sorted({0, *(size for size in near if 0 < size < samples)})
+        free = (("chunk", chunks), ("compute", Compute), ("layout", Layout), ("method", Method))
+        return [Space(free=tuple((name, tuple(int(value) for value in values)) for name, values in free))]
+
+    def candidate(self, problem: Problem, config: EngineConfig) -> Candidate:
+        """Any configuration.
+
+        Raises:
+            PlanRejected: an unknown knob or value, or a method that does not do this operation, layout or type.
+        """
+        return _candidate(problem, self._checked(problem, config))
+
     def build(self, problem: Problem, config: EngineConfig, policy: Policy) -> Built:
         """Work out windows and slices, and return a function that runs them.
 
         Raises:
             PlanRejected: an unknown knob or value, or a method that does not do this operation, layout or type.
         """
+        return _build(problem, self._checked(problem, config))
+
+    def _checked(self, problem: Problem, config: EngineConfig) -> _Knobs:
         knobs = _decode(problem, config)
         support = self.supports(problem)
         reason = support.reason or _refusal(problem, knobs)
         if reason:
             raise PlanRejected(engine=self.name, config=str(config), reason=reason)
-        return _build(problem, knobs)
+        return knobs
 
 
 def _decode(problem: Problem, config: EngineConfig) -> _Knobs:

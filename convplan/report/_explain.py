@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from convplan.report._curve import curve_lines
+from convplan.report._curve import curve_text
 from convplan.report._numbers import ABSENT, human_bytes, human_s
 from convplan.report._rejected import rejected_lines
 from convplan.report._table import Side, one_line, table
@@ -44,7 +44,7 @@ def explain_record(record: PlanRecord, *, every_rejection: bool = False) -> str:
     lines += ["", table(COLUMNS, rows)]
     # The curve of an exhaustive search has its place here.
     if record.curve:
-        lines += ["", *map(str.rstrip, curve_lines(record.curve))]
+        lines += ["", "search", curve_text(record.curve)]
     if record.rejected:
         lines += ["", *rejected_lines(record.rejected, every=every_rejection)]
     return "\n".join(lines)

@@ -71,6 +71,66 @@ def knob_number(name: str) -> int:
         raise ValueError(f"unknown knob {name!r}, expected the name of a cudnnBackendKnobType_t") from None
 
 
+class EngineSpace(msgspec.Struct, frozen=True):
+    """What one engine can be set to.
+
+    Args:
+        engine: cuDNN's global index.
+        knobs: name, least value, largest value and step of each knob. Not every combination builds.
+    """
+
+    engine: int
+    knobs: tuple[tuple[str, int, int, int], ...]
+
+
+def engine_spaces(graph: Descriptor, target: Target) -> list[EngineSpace]:
+    """Every engine that has anything to offer for a graph, with its knobs, in the order of their indices."""
+    found = []
+    spare = Spare(graph.library, DescriptorType.KNOB_INFO)
+    try:
+        for index in range(graph.get_one(Attribute.OPERATIONGRAPH_ENGINE_GLOBAL_COUNT)):
+            try:
+                engine = _engine(graph, target, index)
+            except CudnnError as exc:
+                if exc.not_supported or exc.bad_param:
+                    continue
+                raise
+            knobs = engine.get_descriptors(
+                Attribute.ENGINE_KNOB_INFO, DescriptorType.KNOB_INFO, at_most=MOST_KNOBS, spare=spare
+            )
+            found.append(EngineSpace(index, tuple(map(_range, knobs))))
+    finally:
+        last_text(graph.library)  # left behind by engines that have nothing to offer
+        spare.close()
+    return found
+
+
+def _range(knob: Descriptor) -> tuple[str, int, int, int]:
+    low, high, step = (
+        int(knob.get_one(attribute))
+        for attribute in (
+            Attribute.KNOB_INFO_MINIMUM_VALUE,
+            Attribute.KNOB_INFO_MAXIMUM_VALUE,
+            Attribute.KNOB_INFO_STRIDE,
+        )
+    )
+    return knob_name(knob.get_one(Attribute.KNOB_INFO_TYPE)), low, high, max(step, 1)
+
+
+def described_configuration(
+    graph: Descriptor, target: Target, engine: int, knobs: Mapping[str, int], source: str
+) -> Configuration:
+    """A configuration that nobody proposed, as `heuristic_configurations` describes those it finds.
+
+    Raises:
+        CudnnError: the engine does not run this graph here, or a knob's value is out of its range.
+        ValueError: an unknown knob.
+    """
+    config = engine_configuration(graph, target, engine, knobs)
+    which = _engine(graph, target, engine)
+    return Configuration(engine, tuple(knobs.items()), notes_of(which), _workspace_bytes(config), source)
+
+
 def heuristic_configurations(graph: Descriptor, target: Target, source: str) -> list[Configuration]:
     """What one source proposes for a graph, best guess first.
 
@@ -154,17 +214,20 @@ def engine_configuration(graph: Descriptor, target: Target, engine: int, knobs: 
         ValueError: an unknown knob.
     """
     library = graph.library
-    which = Descriptor(library, DescriptorType.ENGINE)
-    which.set(Attribute.ENGINE_OPERATION_GRAPH, graph)
-    which.set(Attribute.ENGINE_GLOBAL_INDEX, engine)
-    if target.properties is not None:
-        which.set(Attribute.ENGINE_DEVICEPROP, target.properties)
-    which.finalize()
     config = Descriptor(library, DescriptorType.ENGINECFG)
-    config.set(Attribute.ENGINECFG_ENGINE, which)
+    config.set(Attribute.ENGINECFG_ENGINE, _engine(graph, target, engine))
     if knobs:
         config.set(Attribute.ENGINECFG_KNOB_CHOICES, [_choice(library, *knob) for knob in knobs.items()])
     return config.finalize()
+
+
+def _engine(graph: Descriptor, target: Target, index: int) -> Descriptor:
+    which = Descriptor(graph.library, DescriptorType.ENGINE)
+    which.set(Attribute.ENGINE_OPERATION_GRAPH, graph)
+    which.set(Attribute.ENGINE_GLOBAL_INDEX, index)
+    if target.properties is not None:
+        which.set(Attribute.ENGINE_DEVICEPROP, target.properties)
+    return which.finalize()
 
 
 def _choice(library: Library, name: str, value: int) -> Descriptor:

@@ -11,7 +11,7 @@ allocator (B26), which hands memory out again only in stream order.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from ctypes import c_void_p
 from typing import NamedTuple
 
@@ -21,9 +21,14 @@ from convplan._errors import EngineUnavailable, PlanRejected
 from convplan._policy import Effort, Policy
 from convplan._problem import Problem, TensorSpec
 from convplan.engines._support import TORCH_DTYPES, empty
-from convplan.engines.base import Built, Candidate, EngineConfig, Run, Support, no
-from convplan.engines.cudnn.configs import Configuration, heuristic_configurations
-from convplan.engines.cudnn.descriptors import CudnnError
+from convplan.engines.base import Built, Candidate, EngineConfig, Run, Space, Support, no
+from convplan.engines.cudnn.configs import (
+    Configuration,
+    described_configuration,
+    engine_spaces,
+    heuristic_configurations,
+)
+from convplan.engines.cudnn.descriptors import CudnnError, Descriptor
 from convplan.engines.cudnn.errata import Errata
 from convplan.engines.cudnn.graph import UIDS, dense, is_strided, needs_copy, operation_graph, refusal
 from convplan.engines.cudnn.library import clear_cuda_error
@@ -37,6 +42,7 @@ _SOURCES: dict[str, tuple[str, ...]] = {
     "exhaustive": ("mode_a", "mode_b", "fallback"),
 }
 _LETTERS = {"fprop": "xwy", "dgrad": "ywx", "wgrad": "xyw"}  # first input, second input, output
+SEARCHED = "search"  # source of configurations that no list of cuDNN's holds
 COMPILED = "RUNTIME_COMPILATION"
 
 # Bound once: a call costs a few microseconds in all. Builds of torch without CUDA lack them, and run no plan.
@@ -107,18 +113,56 @@ class CudnnEngine:
         target = self._target()
         found: dict[EngineConfig, Candidate] = {}
         errata = Errata.load()
-        for variant, knobs in _variants(problem):
-            try:
-                graph = operation_graph(target, variant)
-            except CudnnError:
-                if knobs or len(_variants(problem)) == 1:
-                    raise
-                continue  # strides that no engine reads; the dense variant follows
+        for knobs, graph in _graphs(problem, target):
             for source in _SOURCES[effort]:
                 for configuration in heuristic_configurations(graph, target, source):
                     candidate = _candidate(configuration, knobs, problem, target, errata)
                     found.setdefault(candidate.config, candidate)
         return list(found.values())
+
+    def spaces(self, problem: Problem) -> Sequence[Space]:
+        """One for each of cuDNN's engines that has anything to offer, with its knobs in the ranges that cuDNN tells.
+
+        The heuristics propose values outside of those now and then (a `split_k_buf` of -1, cuDNN 9.19): these belong
+        to the space too.
+        """
+        if not self.supports(problem).ok:
+            return ()
+        target = self._target()
+        proposed: dict[tuple[int, str], set[int]] = {}
+        for candidate in self.configs(problem, "exhaustive"):
+            for name, value in candidate.config.knobs:
+                proposed.setdefault((candidate.config.knob("engine"), name), set()).add(value)
+        return [
+            Space(
+                fixed=(("engine", space.engine), *knobs.items()),
+                free=tuple(
+                    (name, tuple(sorted({*range(low, high + 1, step), *proposed.get((space.engine, name), ())})))
+                    for name, low, high, step in space.knobs
+                ),
+            )
+            for knobs, graph in _graphs(problem, target)
+            for space in engine_spaces(graph, target)
+        ]
+
+    def candidate(self, problem: Problem, config: EngineConfig) -> Candidate:
+        """Any configuration, with its notes, the verdict of the errata, and its workspace where cuDNN tells.
+
+        Raises:
+            PlanRejected: cuDNN has no such configuration; the reason is cuDNN's own.
+        """
+        target, plans = self._target(), _Plans(self, problem, config)
+        knobs = dict(config.knobs)
+        ours = {"dense": 1} if knobs.pop("dense", 0) else {}
+        number = knobs.pop("engine", -1)
+        try:
+            for variant_knobs, graph in _graphs(problem, target):
+                if variant_knobs == ours:
+                    described = described_configuration(graph, target, number, knobs, SEARCHED)
+                    return _candidate(described, ours, problem, target, Errata.load())
+        except (CudnnError, ValueError) as exc:
+            raise plans.rejected(str(exc)) from exc
+        raise plans.rejected(f"there is no variant {ours or 'as given'} of this problem")
 
     def build(self, problem: Problem, config: EngineConfig, policy: Policy) -> Built:
         """Build one configuration for the target.
@@ -161,6 +205,18 @@ def _variants(problem: Problem) -> list[tuple[Problem, dict[str, int]]]:
         return [(problem, {})]
     as_given = [] if any(map(needs_copy, problem.inputs)) else [(problem, dict[str, int]())]
     return [*as_given, (dense(problem), {"dense": 1})]
+
+
+def _graphs(problem: Problem, target: Target) -> Iterator[tuple[dict[str, int], Descriptor]]:
+    """The operation graph of each variant that cuDNN takes at all, with the knob that says which it is."""
+    for variant, knobs in _variants(problem):
+        try:
+            graph = operation_graph(target, variant)
+        except CudnnError:
+            if knobs or len(_variants(problem)) == 1:
+                raise
+            continue  # strides that no engine reads; the dense variant follows
+        yield knobs, graph
 
 
 def _candidate(
