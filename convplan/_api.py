@@ -279,9 +279,8 @@ def stats(reset: bool = False) -> dict[str, int]:
         hits: calls that found their plan ready; misses: calls that did not. planned: problems planned anew, of which
         tuned: by measuring. from_store: problems whose plan the store held. from_relative: problems that run by the
         choice of a tuned relative. replay_misses: times that replay mode did not find a problem in the store, whether
-        it raised or ran an untuned plan. restored: plans that were restored from their serialized form, and compiled:
-        those that were compiled at run time because there was none; both counted where a stored or ranked plan is made
-        ready to run, not while planning tries its candidates. fell_back: times that a next-ranked plan or stock torch stepped in. failed:
-        plannings that found nothing, and plans that failed while running.
+        it raised or ran an untuned plan. restored: plans made ready from their serialized form. compiled: plans that
+        had to be compiled at run time to be made ready, beside what planning tries. fell_back: times that a next-ranked
+        plan or stock torch stepped in. failed: plannings that found nothing, and plans that failed while running.
     """
     return _runtime.counts.read(reset)

@@ -27,7 +27,7 @@ from convplan._errors import PolicyError, WrongResult
 from convplan._guards import LEAK_RUNS, Bench, Fingerprints, leak
 from convplan._measure import CUTOFF, Contestant, Measurement, Timer, _HostTimer, first_line, race
 from convplan._plan import Evidence
-from convplan._planner import FIRST_RUN_CUTOFF, FIRST_RUN_GRACE_US, _build, _Live, _reason, rank
+from convplan._planner import FIRST_RUN_CUTOFF, FIRST_RUN_GRACE_US, _build, _InTurns, _Live, _reason, _turns, rank
 from convplan._torch_state import adopt_torch_state
 from convplan._verify import Verifier
 from convplan._worker_messages import (
@@ -183,6 +183,7 @@ class _Worker:
             # Guarded copies to run on; the reference keeps reading its own.
             self._bench = Bench(self._problem, self._verifier.random, self._device)
             self._verifier.random = self._bench.inputs
+            self._turns = _turns(self._verifier, self._policy)
         self._synchronize()
 
     # --- one candidate ------------------------------------------------------------------------------------------------
@@ -293,20 +294,25 @@ class _Worker:
         return measured[0]
 
     def _launch(self, item: _Live, call: Callable[[], object]) -> float:
-        """Microseconds of one run that is waited for."""
+        """Microseconds of one run that is waited for, the device's own where it is a GPU."""
         limit_s = self._policy.run_limit_s
         self._say("running", limit_s)
-        begin = time.perf_counter_ns()
-        call()
-        self._synchronize()
-        took_us = (time.perf_counter_ns() - begin) / 1e3
+        if self._device.type == "cuda":
+            from convplan._measure_cuda import launch_us
+
+            _, took_us = launch_us(call)
+            self._synchronize()
+        else:
+            begin = time.perf_counter_ns()
+            call()
+            took_us = (time.perf_counter_ns() - begin) / 1e3
         if took_us > limit_s * 1e6:
             raise _Refused("measure", f"one run took {took_us / 1e6:.3g} s, longer than run_limit_s = {limit_s:g}")
         return took_us
 
     def _call(self, item: _Live) -> Callable[[], object]:
         assert item.built is not None
-        return functools.partial(item.built.run, *self._bench.inputs, None)
+        return _InTurns(item.built.run, self._turns)
 
     def _keep(self, item: _Live) -> None:
         self._built[item.candidate.config] = item
@@ -360,7 +366,7 @@ class _Worker:
             if lost:
                 raise _Unfit(lost, items[call].candidate.config)
 
-        timer = _timer(self._device)
+        timer = _timer(self._device, len(self._turns))
         contestants = [Contestant(item.candidate.config, call, item.first_us) for call, item in items.items()]
         measured, slower = race(contestants, budget_s=budget_s, timer=_Told(timer, say, after))
         captured = getattr(timer, "is_captured", None)
@@ -407,12 +413,12 @@ def _copy(tensor: torch.Tensor) -> torch.Tensor:
     return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device).copy_(tensor)
 
 
-def _timer(device: torch.device) -> Timer:
+def _timer(device: torch.device, turns: int) -> Timer:
     if device.type != "cuda":
         return _HostTimer(time.perf_counter_ns, None)
     from convplan._measure_cuda import GraphTimer
 
-    return GraphTimer(torch.device("cuda", torch.cuda.current_device()))
+    return GraphTimer(torch.device("cuda", torch.cuda.current_device()), turns=turns)
 
 
 if __name__ == "__main__":
