@@ -218,7 +218,7 @@ def test_tune_json_has_stable_keys(run: Run, problems: Path) -> None:
     assert set(found) == {"problems", "total", "planned", "tuned", "from_store", "failed", "seconds"}
     assert (found["total"], found["tuned"], found["failed"]) == (2, 2, 0)
     first = found["problems"][0]
-    assert set(first) == {"name", "problem", "error", "key", "chosen", "effort", "median_us", "planning_s"}
+    assert set(first) == {"name", "problem", "error", "key", "chosen", "effort", "median_us", "planning_s", "curve"}
     assert (first["name"], first["effort"], len(first["key"])) == ("layer", "measure", 32)
 
 

@@ -121,7 +121,7 @@ def test_a_fault_costs_its_candidate_alone(fails: Any) -> None:
     record = search(take(6_000), faulty, take(2_000), run_limit_s=limit_s, build_limit_s=limit_s)
     stage, text = FAULTS[fails]
     assert record.effort == "exhaustive"
-    assert index(record.ranking[0]) == LATER
+    assert index(record.ranking[0]) == LATER, record.explain()
     assert {index(evidence) for evidence in record.ranking} in ({LATER, GOOD}, {LATER})  # GOOD may be cut off
     assert stages(record)[FAULTY] == stage
     assert re.search(text, reason(record, FAULTY)), reason(record, FAULTY)
