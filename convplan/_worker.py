@@ -27,7 +27,17 @@ from convplan._errors import PolicyError, WrongResult
 from convplan._guards import LEAK_RUNS, Bench, Fingerprints, leak
 from convplan._measure import CUTOFF, Contestant, Measurement, Timer, _HostTimer, first_line, race
 from convplan._plan import Evidence
-from convplan._planner import FIRST_RUN_CUTOFF, FIRST_RUN_GRACE_US, _build, _InTurns, _Live, _reason, _turns, rank
+from convplan._planner import (
+    FIRST_RUN_CUTOFF,
+    FIRST_RUN_GRACE_US,
+    INEXACT,
+    _build,
+    _InTurns,
+    _Live,
+    _reason,
+    _turns,
+    rank,
+)
 from convplan._torch_state import adopt_torch_state
 from convplan._verify import Verifier
 from convplan._worker_messages import (
@@ -269,8 +279,8 @@ class _Worker:
         item.error = round(self._verifier.check(config, notes, outs.pop()), 6)
         item.verified = self._verifier.scope
         item.first_us = min(first_us, again_us)
-        if notes.direct:
-            self._verifier.check_exactly(config, functools.partial(self._on_integers, item))
+        if notes.direct and not self._verifier.check_exactly(config, functools.partial(self._on_integers, item)):
+            item.add(INEXACT)
         if item.first_us > CUTOFF * best_us:
             raise _Refused("measure", f"cut off: {item.first_us:.1f} us, {item.first_us / best_us:.1f} x the best")
 
@@ -378,7 +388,7 @@ class _Worker:
         captured = getattr(timer, "is_captured", None)
         for call, item in items.items():
             if captured is not None and not captured(call):
-                item.remark = "timed without a CUDA graph, into which it could not be captured"
+                item.add("timed without a CUDA graph, into which it could not be captured")
         by_config = {item.candidate.config: item for item in items.values()}
         # Those that are merely far behind stay good for the day when the others fail.
         failed = [one for one in slower if not one.reason.startswith("cut off")]
