@@ -193,7 +193,7 @@ def test_a_winner_that_is_wrong_in_this_process_makes_way_for_the_next() -> None
         pass
 
     Disguised.__module__, Disguised.__qualname__ = FakeEngine.__module__, FakeEngine.__qualname__
-    convplan.register_engine(Disguised([take(1_000), take(4_000)], name="mine"))
+    convplan.register_engine(Disguised([take(2_000), take(4_000)], name="mine"))
     record = plan_problem(PROBLEM, POLICY, _environment.current("cpu"))
     assert [index(evidence) for evidence in record.ranking] == [1]
     assert stages(record) == {0: "verify"}
