@@ -418,3 +418,12 @@ def test_real_engines_are_searched_without_a_word_of_warning() -> None:
     assert record.effort == "exhaustive"
     assert {evidence.source for evidence in (*record.ranking, *record.rejected)} >= {"heuristic", "search"}
     assert record.ranking[0].verified == "full"
+
+
+def test_tune_searches_when_it_is_told_to_and_remembers_what_it_found() -> None:
+    convplan.register_engine(FakeEngine([take(4_000), take(1_500, proposed=False)], name="mine"))
+    (record,) = convplan.tune([PROBLEM], policy=POLICY)
+    assert record.effort == "exhaustive"
+    assert index(record.ranking[0]) == 1
+    assert convplan.plan(PROBLEM, POLICY).created == record.created
+    assert convplan.stats()["tuned"] == 1
