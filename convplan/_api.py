@@ -223,7 +223,8 @@ def tune(
     force: bool = False,
     progress: Progress | None = None,
 ) -> list[PlanRecord]:
-    """Plan many problems now, measured, whatever `tune_after` and `effort` say, and store the plans.
+    """Plan many problems now and store the plans, whatever `tune_after` says: measured at least, or searched where the
+    policy's effort is `exhaustive`.
 
     Args:
         problems: problems, or a callable, which is called once under `capture()`. Its gradients count too:
@@ -241,7 +242,8 @@ def tune(
         SpecError: an entry is no problem, or the callable ran no convolution.
     """
     found = _collect(problems, args)
-    wanted = _policy(policy).replace(effort="measure")
+    given = _policy(policy)
+    wanted = given if given.effort == "exhaustive" else given.replace(effort="measure")
     records = []
     if progress is not None:
         progress(0, len(found), None)

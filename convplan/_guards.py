@@ -44,6 +44,11 @@ class Guarded:
         self._bytes = torch.full((self._end + GUARD_BYTES,), PATTERN, dtype=torch.uint8, device=device)
         self.tensor = self._bytes[self._begin : self._end].view(dtype).as_strided(spec.dims, spec.strides)
 
+    def fill(self, given: torch.Tensor) -> None:
+        """Hold the same numbers as a tensor of the same strides, of which several elements may share a place."""
+        flat = self._bytes[self._begin : self._end].view(given.dtype)
+        flat.copy_(given.as_strided(flat.shape, (1,), given.storage_offset()))
+
     def clear(self) -> None:
         """Make every element something that no right result is."""
         self._bytes[self._begin : self._end] = UNWRITTEN
@@ -71,8 +76,8 @@ class Bench:
             bias = TensorSpec.dense((1, int(numbers.bias.numel()), 1), problem.output_dtype)
             self._guarded.append(Guarded(bias, device, "bias"))
         tensors = [guarded.tensor for guarded in self._guarded]
-        for tensor, given in zip(tensors, [one for one in numbers if one is not None], strict=True):
-            tensor.copy_(given.view_as(tensor))
+        for guarded, given in zip(self._guarded, [one for one in numbers if one is not None], strict=True):
+            guarded.fill(given)
         self.inputs = Inputs(tensors[0], tensors[1], tensors[2].view(-1) if len(tensors) > 2 else None)
         self._output = Guarded(problem.output, device, "output")
 

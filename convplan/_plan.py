@@ -40,7 +40,8 @@ class Evidence(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
         verified: how the output was checked: `full`, `sample` (some outputs against the reference, all against the
             other candidates), or `no`.
         rejected: the stage that dropped it (`enumerate`, `filter`, `build`, `verify`, `measure`, or `run` for one that
-            failed later), empty for a usable one.
+            failed later; in an exhaustive search also `crash`, `stall`, `corrupt` for one that wrote where it must not,
+            and `leak`), empty for a usable one.
         reason: why; for a usable one a remark, such as how it was timed where that is not the usual way.
     """
 

@@ -91,7 +91,12 @@ def search_candidates(
 
 
 def _spec(engine: Engine) -> EngineSpec:
-    maker, payload = engine.remake() if isinstance(engine, Remakable) else ("", b"")
+    maker, payload = "", b""
+    if isinstance(engine, Remakable):
+        try:
+            maker, payload = engine.remake()
+        except Exception as exc:  # an engine's failure costs its candidates, never the search
+            log.info("engine %s cannot be remade: %s: %s", engine.name, type(exc).__name__, first_line(exc))
     return EngineSpec(engine.name, kind_of(engine), maker, payload)
 
 

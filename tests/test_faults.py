@@ -193,7 +193,7 @@ def test_a_winner_that_is_wrong_in_this_process_makes_way_for_the_next() -> None
         pass
 
     Disguised.__module__, Disguised.__qualname__ = FakeEngine.__module__, FakeEngine.__qualname__
-    convplan.register_engine(Disguised([take(1_000), take(4_000)], name="mine"))
+    convplan.register_engine(Disguised([take(2_000), take(4_000)], name="mine"))
     record = plan_problem(PROBLEM, POLICY, _environment.current("cpu"))
     assert [index(evidence) for evidence in record.ranking] == [1]
     assert stages(record) == {0: "verify"}
@@ -418,3 +418,12 @@ def test_real_engines_are_searched_without_a_word_of_warning() -> None:
     assert record.effort == "exhaustive"
     assert {evidence.source for evidence in (*record.ranking, *record.rejected)} >= {"heuristic", "search"}
     assert record.ranking[0].verified == "full"
+
+
+def test_tune_searches_when_it_is_told_to_and_remembers_what_it_found() -> None:
+    convplan.register_engine(FakeEngine([take(4_000), take(1_500, proposed=False)], name="mine"))
+    (record,) = convplan.tune([PROBLEM], policy=POLICY)
+    assert record.effort == "exhaustive"
+    assert index(record.ranking[0]) == 1
+    assert convplan.plan(PROBLEM, POLICY).created == record.created
+    assert convplan.stats()["tuned"] == 1

@@ -51,6 +51,30 @@ def test_the_bench_has_the_same_numbers_in_the_same_layout(op: Any, layout: str)
     assert bench.trouble() == ""
 
 
+def test_an_expanded_input_can_be_guarded() -> None:
+    problem = Problem(
+        op="fprop",
+        x=TensorSpec((2, 3, 7, 6), (0, 42, 6, 1), "float32"),
+        w=TensorSpec.dense((4, 3, 3, 2), "float32"),
+        y=TensorSpec.dense((2, 4, 5, 5), "float32"),
+        padding=((0, 0), (0, 0)),
+        stride=(1, 1),
+        dilation=(1, 1),
+    )
+    numbers = random_inputs(problem, CPU)
+    bench = Bench(problem, numbers, CPU)
+    assert torch.equal(bench.inputs.first, numbers.first)
+    assert bench.inputs.first.stride() == (0, 42, 6, 1)
+
+
+@pytest.mark.parametrize("dtype", ["float64", "bfloat16", "int8", "float8_e4m3fn"])
+def test_numbers_of_every_type_are_the_same_in_guarded_memory(dtype: str) -> None:
+    problem = Problem.dense("fprop", (2, 4, 7, 6), (4, 4, 3, 2), padding=1, dtype=dtype)
+    numbers = random_inputs(problem, CPU)
+    bench = Bench(problem, numbers, CPU)
+    assert torch.equal(bench.inputs.first.view(torch.uint8), numbers.first.view(torch.uint8))
+
+
 def test_a_bias_is_guarded_too() -> None:
     bench = Bench(PROBLEM, random_inputs(PROBLEM, CPU), CPU)
     assert bench.inputs.bias is not None
