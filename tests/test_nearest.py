@@ -492,22 +492,24 @@ def test_a_new_size_runs_by_its_relative_and_asks_nobody(engine: ScalingEngine) 
 
 
 def test_a_first_sight_costs_one_look_into_the_store(engine: ScalingEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    from convplan._snapshot import QuickReader
     from convplan._store import PlanStore
 
     tune(conv(32))
     decide(conv(33))  # reads the store's records, once
     calls: list[str] = []
-    for name in ("get", "rows", "put", "find_elsewhere"):
-        real = getattr(PlanStore, name)
+    reads = [(QuickReader, name) for name in ("snapshot", "raw_row", "raw_part", "find_elsewhere")]
+    for kind, name in [*reads, *((PlanStore, name) for name in ("get", "rows", "put", "find_elsewhere"))]:
+        real = getattr(kind, name)
 
         def counting(*args: Any, _real: Any = real, _name: str = name, **kwargs: Any) -> Any:
             calls.append(_name)
             return _real(*args, **kwargs)
 
-        monkeypatch.setattr(PlanStore, name, counting)
+        monkeypatch.setattr(kind, name, counting)
     assert decide(conv(40)).ranking[0].source == RELATIVE
-    assert calls.count("get") == 1
-    assert set(calls) <= {"get", "find_elsewhere"}
+    assert calls.count("raw_row") == 1
+    assert set(calls) <= {"raw_row", "find_elsewhere"}
 
 
 def test_the_nearest_is_the_one_that_counts(engine: ScalingEngine) -> None:

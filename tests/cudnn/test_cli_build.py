@@ -20,6 +20,7 @@ from convplan._ahead import LEADING, AheadBuilder, AheadPlan, build_ahead, write
 from convplan._environment import Environment
 from convplan._errors import NoPlan
 from convplan._plan import PlanRecord
+from convplan._planner import Planned
 from convplan._problem import OPS
 from convplan._problem_files import parse_problems
 from convplan._store import PlanStore
@@ -359,11 +360,12 @@ def test_a_replay_of_measured_plans_does_not_take_them(shipped: str, there: Call
     assert counted()["planned"] == 0
 
 
-def measured(problem: Problem, policy: Policy, environment: Environment, **_: object) -> PlanRecord:
+def measured(problem: Problem, policy: Policy, environment: Environment, **_: object) -> Planned:
     """A tuned record, without the GPU that tuning needs."""
     (plan,) = build_ahead([problem], policy, Device.from_properties(H200), leading=2)
     ranking = tuple(reversed(plan.record.ranking[:2]))
-    return msgspec.structs.replace(plan.record, environment=environment, effort="measure", ranking=ranking)
+    record = msgspec.structs.replace(plan.record, environment=environment, effort="measure", ranking=ranking)
+    return Planned(record, {})
 
 
 @pytest.mark.behaviour("C7")
@@ -371,7 +373,7 @@ def test_they_are_tuned_at_the_sighting_that_the_policy_names(
     shipped: str, there: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     there()
-    monkeypatch.setattr(_runtime, "plan_problem", measured)
+    monkeypatch.setattr(_runtime, "find_plans", measured)
     found = [_runtime.decide(on_gpu(), Policy(tune_after=3))[1] for _ in range(4)]
     assert [record.effort for record in found] == ["instant", "instant", "measure", "measure"]
     assert str(found[0].config) == shipped != str(found[2].config)
@@ -385,7 +387,7 @@ def test_a_problem_that_is_tuned_at_first_sight_does_not_wait(
     shipped: str, there: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     there()
-    monkeypatch.setattr(_runtime, "plan_problem", measured)
+    monkeypatch.setattr(_runtime, "find_plans", measured)
     _, record = _runtime.decide(on_gpu(), Policy(tune_after=1))
     assert record.effort == "measure"
     assert counted() == {"planned": 1, "from_store": 0, "tuned": 1}

@@ -477,7 +477,7 @@ FORGED: dict[str, tuple[tuple[str | int, ...], object, str]] = {
         ...,
         "address of tensor 120, expected one of (None,)",
     ),
-    "a tensor as workspace": ((*PARAMETERS, "offsets", 7, "update_as"), "workspace", "expected one of (0,)"),
+    "a tensor as workspace": ((*PARAMETERS, "offsets", 7, "update_as"), "workspace", "expected one of (0, 1, 2"),
     "cut parameters": ((*PARAMETERS, "rawData"), "AAAA", "into 3 bytes"),
     "parameters in another base": ((*PARAMETERS, "rawData"), "A!AA", "rawData is not in base 64"),
     "code in another base": ((*KERNEL, "cubin"), "é", "cubin is not in base 64"),

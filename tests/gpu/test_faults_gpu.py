@@ -128,9 +128,8 @@ class Faulty:
             if fault not in ("", "wrong", "slower") and not in_child():
                 raise RuntimeError("only in a worker process")
             y = F.conv2d(x, w, padding=1).contiguous(memory_format=torch.channels_last)
-            if fault == "slower":
-                for _ in range(5):
-                    y = F.conv2d(x, w, padding=1).contiguous(memory_format=torch.channels_last)
+            if fault == "slower":  # and not so much slower that it is cut off
+                y = F.conv2d(x, w, padding=1).contiguous(memory_format=torch.channels_last)
             if fault == "wrong":
                 y = y * 1.5
             result = y if out is None else out.copy_(y)

@@ -42,6 +42,14 @@ _PLACES = ("pciDeviceId", "cudaDeviceId", "smClockRateKHz", "memClockRateKHz", "
 _KNOB_PREFIX = "CUDNN_KNOB_TYPE_"
 _WRITTEN_BYTES = {"pointer": 8, "workspace": 8, "tma_desc": 128}  # into a kernel's parameters, at a run
 _IDENTIFIERS = tuple(UIDS[letter] for letter in "xwy")
+MOST_PIECES = 16  # of a workspace; cuDNN numbers them from 0, and 3 were seen
+# What the written address may be of: a tensor, or a piece of the workspace.
+_TARGETS: dict[str | None, tuple[int | None, ...]] = {
+    None: (None,),
+    "pointer": _IDENTIFIERS,
+    "workspace": tuple(range(MOST_PIECES)),
+    "tma_desc": (*_IDENTIFIERS, *range(MOST_PIECES)),
+}
 _ELF = b"\x7fELF"
 
 # Operation by operation: how cuDNN calls the graph, the node, and the node's ends in the order of x, w, y.
@@ -59,7 +67,7 @@ Name = Annotated[str, msgspec.Meta(max_length=1024)]
 class _Offset(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True):
     """A place in a kernel's parameters; with `update_as`, one into which cuDNN writes an address when the plan runs.
 
-    `uid` is the tensor's for a `pointer`, and 0 for the others.
+    `uid` is the tensor's for a `pointer`, the number of a piece for `workspace`, and either for `tma_desc`.
     """
 
     value: Number
@@ -306,7 +314,7 @@ def _vet_kernel(kernel: _Kernel) -> None:
         kind = offset.update_as
         if not 0 <= offset.value <= room - (0 if kind is None else _WRITTEN_BYTES[kind]):
             raise ValueError(f"the serialized plan has an offset of {offset.value} into {room} bytes of parameters")
-        expected = {None: (None,), "pointer": _IDENTIFIERS}.get(kind, (0,))
+        expected = _TARGETS[kind]
         if offset.uid not in expected:
             raise ValueError(
                 f"the serialized plan wants the address of tensor {offset.uid}, expected one of {expected}"
