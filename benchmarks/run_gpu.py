@@ -43,7 +43,7 @@ HOST_LAYERS, HOST_ROUNDS = 50, 60
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--suite", type=Path, default=HERE / "suites" / "dev.json")
-    parser.add_argument("--parts", default="finding,host,instant,measured")
+    parser.add_argument("--parts", default="finding,host,instant")
     options = parser.parse_args()
     out = Path(os.environ.get("OUT", HERE / "results" / "gpu"))
     out.mkdir(parents=True, exist_ok=True)

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
         StoreBusy,
         StoreError,
         StoreMismatch,
+        TooLarge,
         WrongResult,
     )
     from convplan._exchange import check_plans, clear_plans, export_plans, import_plans
@@ -73,6 +74,7 @@ _HOMES = {
         "StoreBusy",
         "StoreError",
         "StoreMismatch",
+        "TooLarge",
         "WrongResult",
     ),
     "convplan._exchange": ("check_plans", "clear_plans", "export_plans", "import_plans"),
@@ -123,6 +125,7 @@ __all__ = [
     "StoreMismatch",
     "Support",
     "TensorSpec",
+    "TooLarge",
     "WrongResult",
     "__version__",
     "capture",

@@ -6,6 +6,7 @@
     ├── NoPlan                          nothing survived              .problem .policy .rejections
     │   ├── ReplayMiss                  replay mode, and the store does not hold the problem
     │   └── CaptureMiss                 met first while a CUDA graph is captured, when nothing may be planned
+    ├── TooLarge                        no memory to measure with     .problem .needed_bytes .free_bytes
     ├── PlanRejected                    one engine, one config        .engine .config .reason
     │   └── WrongResult                 its output differs from the reference
     ├── EngineUnavailable               library or device missing     .engine .needs
@@ -88,6 +89,25 @@ class CaptureMiss(NoPlan):
             f"no plan is ready for {problem} under {policy}, and none can be made while a CUDA graph is captured. Run "
             "the same code before the capture (on a side stream, in the same threads), "
             "or set capture_miss='stock' to capture stock torch's kernel",
+        )
+
+
+class TooLarge(ConvPlanError):
+    """There is too little memory to measure a problem: planning works on tensors of its own.
+
+    Attributes:
+        problem: text of the problem.
+        needed_bytes: what two sets of its tensors take, the least that comparing needs.
+        free_bytes: what the device can provide now.
+    """
+
+    def __init__(self, *, problem: str, needed_bytes: int, free_bytes: int) -> None:
+        self._kwargs = {"problem": problem, "needed_bytes": needed_bytes, "free_bytes": free_bytes}
+        self.problem, self.needed_bytes, self.free_bytes = problem, needed_bytes, free_bytes
+        super().__init__(
+            f"too large to be measured here: planning needs {needed_bytes} bytes or more for tensors of its own, and "
+            f"{free_bytes} are free, for {problem}. Free some memory, tune it on a larger device, or use "
+            "effort='instant', which measures nothing"
         )
 
 

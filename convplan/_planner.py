@@ -22,7 +22,7 @@ import msgspec
 
 from convplan import __version__
 from convplan._environment import Environment
-from convplan._errors import ConvPlanError, ConvPlanWarning, NoPlan, PlanRejected, WrongResult
+from convplan._errors import ConvPlanError, ConvPlanWarning, NoPlan, PlanRejected, TooLarge, WrongResult
 from convplan._learned import LearnedErratum, verdict
 from convplan._limits import gpu_bytes_per_us, gpu_plain_flops_per_us, measured_flops_per_us, peaks_of
 from convplan._measure import CUTOFF, Clock, Contestant, Measurement, first_line, race
@@ -136,6 +136,7 @@ def find_plans(
     Raises:
         NoPlan: nothing survived; lists every candidate with its reason.
         PolicyError: the policy names an engine that is not registered.
+        TooLarge: there is no memory to measure it with.
     """
     begin = clock()
     work: Effort = effort or policy.effort
@@ -406,15 +407,20 @@ def workspace_limit_bytes(problem: Problem, policy: Policy) -> int:
     """The policy's limit, or what the device's allocator can provide now without evicting live memory (B12)."""
     if policy.workspace_limit_bytes is not None:
         return policy.workspace_limit_bytes
-    if problem.device == "cuda":
+    own = 0 if problem.device == "cuda" else problem.least_bytes
+    return max(_free_bytes(problem.device) - own - SAFETY_BYTES, 0)
+
+
+def _free_bytes(device: str) -> int:
+    """What can be had now, without evicting live memory."""
+    if device == "cuda":
         import torch
 
         free, _ = torch.cuda.mem_get_info()
-        cached = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
-        return max(free + cached - SAFETY_BYTES, 0)
+        return int(free + torch.cuda.memory_reserved() - torch.cuda.memory_allocated())
     import psutil
 
-    return max(int(psutil.virtual_memory().available) - problem.least_bytes - SAFETY_BYTES, 0)
+    return int(psutil.virtual_memory().available)
 
 
 def build_candidates(live: Sequence[_Live], problem: Problem, policy: Policy) -> Stage:
@@ -568,9 +574,17 @@ def _cache_emptied(device: torch.device) -> Iterator[None]:
 
 
 def _verifier(problem: Problem, device: torch.device, policy: Policy) -> Verifier:
+    import torch
+
     from convplan._verify import Verifier
 
-    return Verifier(problem, device, tf32=bool(policy.allow_tf32))
+    needed_bytes, free_bytes = 2 * problem.least_bytes, _free_bytes(device.type)
+    if needed_bytes > free_bytes:  # not tried: some systems give out more than they have, and end who uses it
+        raise TooLarge(problem=str(problem), needed_bytes=needed_bytes, free_bytes=free_bytes)
+    try:
+        return Verifier(problem, device, tf32=bool(policy.allow_tf32))
+    except torch.OutOfMemoryError as exc:
+        raise TooLarge(problem=str(problem), needed_bytes=needed_bytes, free_bytes=free_bytes) from exc
 
 
 def verify_candidates(

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import msgspec
 
 from convplan import _environment
-from convplan._errors import CaptureMiss, ConvPlanError, ConvPlanWarning, ExecutionFailed, NoPlan, ReplayMiss
+from convplan._errors import CaptureMiss, ConvPlanError, ConvPlanWarning, ExecutionFailed, NoPlan, ReplayMiss, TooLarge
 from convplan._learned import learned_from, verdict
 from convplan._lru import LeastRecentlyUsed
 from convplan._measure import first_line
@@ -497,9 +497,9 @@ def _tune(choice: _Choice, problem: Problem, policy: Policy, environment: _envir
     begin = time.perf_counter()
     try:
         return _plan(choice, problem, policy, environment, "measure")
-    except ConvPlanError:
-        raise
     except Exception as exc:  # tuning is extra work that the convolution does not depend on
+        if isinstance(exc, ConvPlanError) and not isinstance(exc, TooLarge):
+            raise
         counts.add("failed")
         choice.gave_up = True
         warn_once(f"tuning broke off ({type(exc).__name__}: {first_line(exc)}); it runs untuned: {problem}")

@@ -1,10 +1,13 @@
 #!/usr/bin/env bash
 # Everything that needs a GPU, in one call: cheap checks, then tests, then benchmarks, each step with a hard timeout.
 #
-#     scripts/gpu.sh [check] [tests] [bench]      # all three by default
+#     scripts/gpu.sh [check] [tests] [bench] [search]      # the first three by default
 #
 # Writes to $OUT (default: benchmarks/results/gpu): summary.txt (machine, one line a step), logs.txt (their output),
-# gpu_findings.json (every plan that ran) and the benchmarks' raw numbers and table, gpu.json and gpu.md. Ends with a short table and a line `N passed, N failed`; exit 1 if anything failed.
+# gpu_findings.json (every plan that ran), the engine's raw numbers and table, gpu.json and gpu.md, and the search's,
+# search.json and search.md. Ends with short tables and a line `N passed, N failed`; exit 1 if anything failed.
+#
+# TEST_SECONDS, BENCH_SECONDS and SEARCH_SECONDS limit each step; SEARCH_OPTIONS go to benchmarks/run_search.py.
 set -u -o pipefail
 cd "$(dirname "$0")/.."
 OUT=${OUT:-benchmarks/results/gpu}
@@ -15,7 +18,7 @@ parts=${*:-check tests bench}
 passed=0
 failed=0
 : >"$OUT/logs.txt"
-rm -f "$OUT/gpu_findings.json" "$OUT/gpu.json" "$OUT/gpu.md"
+rm -f "$OUT/gpu_findings.json" "$OUT/gpu.json" "$OUT/gpu.md" "$OUT/search.json" "$OUT/search.md"
 scratch=$(mktemp -d)
 prefix=$("$PYTHON" -c 'import sys; print(sys.prefix)')
 trap 'rm -rf "$scratch"' EXIT
@@ -70,13 +73,19 @@ for part in $parts; do
     bench)
         step bench_gpu "${BENCH_SECONDS:-240}" "$PYTHON" benchmarks/run_gpu.py
         ;;
+    search)
+        # shellcheck disable=SC2086 # options are words
+        step search "${SEARCH_SECONDS:-900}" "$PYTHON" benchmarks/run_search.py ${SEARCH_OPTIONS:-}
+        ;;
     *)
-        echo "unknown part '$part', expected check, tests or bench" >&2
+        echo "unknown part '$part', expected check, tests, bench or search" >&2
         exit 2
         ;;
     esac
 done
 
-[ -f "$OUT/gpu.md" ] && sed -n '1,30p' "$OUT/gpu.md"
+for table in gpu search; do
+    [ -f "$OUT/$table.md" ] && sed -n '1,30p' "$OUT/$table.md"
+done
 echo "$passed passed, $failed failed" | tee -a "$OUT/summary.txt"
 [ "$failed" -eq 0 ]

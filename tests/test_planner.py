@@ -938,3 +938,34 @@ def test_a_gpu_candidate_is_left_unrun_by_what_no_hardware_can_do(
     problem = Problem.dense("fprop", (8, 64, 28, 28), (64, 64, 3, 3), dtype="float16", device="cuda")
     candidate = Candidate(EngineConfig("some"), **changes)  # type: ignore[arg-type]
     assert _planner._least_us(candidate, problem) == pytest.approx(expected_us, rel=0.01)
+
+
+def test_a_problem_that_memory_does_not_hold_twice_is_not_measured() -> None:
+    huge = Problem.dense("fprop", (4096, 4096, 64, 64), (4096, 4096, 3, 3), padding=1)
+    with pytest.raises(convplan.TooLarge) as caught:
+        plan_problem(huge, RESOLVED, HERE)
+    assert caught.value.needed_bytes == 2 * huge.least_bytes > caught.value.free_bytes
+    assert "effort='instant'" in str(caught.value)
+    assert plan_problem(huge, RESOLVED.replace(workspace_limit_bytes=0), HERE, effort="instant").ranking
+
+
+def test_out_of_memory_while_tensors_are_made_is_told_as_that(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr("convplan._verify.Verifier", refuse)
+    with pytest.raises(convplan.TooLarge):
+        plan_problem(case("2d-k3").problem("fprop", "float32"), RESOLVED, HERE)
+
+
+@pytest.mark.behaviour("B16")
+def test_a_program_runs_untuned_what_cannot_be_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, w = torch.randn(2, 3, 70, 60), torch.randn(4, 3, 3, 2)
+    policy = Policy(tune_after=1, workspace_limit_bytes=2**20)
+    monkeypatch.setattr(_planner, "_free_bytes", lambda device: 2**10)
+    with fresh_process():
+        with pytest.warns(convplan.ConvPlanWarning, match="too large to be measured"):
+            y = convplan.conv2d(x, w, policy=policy)
+        assert convplan.stats()["tuned"] == 0
+        assert torch.equal(convplan.conv2d(x, w, policy=policy), y)
+    torch.testing.assert_close(y, torch.nn.functional.conv2d(x, w))

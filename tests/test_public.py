@@ -179,6 +179,7 @@ EXAMPLES: list[ConvPlanError] = [
     _errors.NoPlan(problem="fprop x=1", policy="Policy()", rejections=REJECTIONS),
     _errors.ReplayMiss(problem="fprop x=1", policy="Policy()", rejections=REJECTIONS),
     _errors.CaptureMiss(problem="fprop x=1", policy="Policy()", rejections=REJECTIONS),
+    _errors.TooLarge(problem="fprop x=1", needed_bytes=2048, free_bytes=1024),
     _errors.PlanRejected(engine="fft", config="fft[block=8]", reason="too long"),
     _errors.WrongResult(engine="fft", config="fft[block=8]", reason="output[0] is 1, not 2"),
     _errors.EngineUnavailable(engine="cudnn", needs="cuDNN 9.1 or newer, found 8.9.7"),

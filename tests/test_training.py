@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers.fresh import fresh_process
-from helpers.plans import run_python
+from helpers.plans import run_python, start_python
 from helpers.training import Run, convnext, gradients, resnet, train
 from torch import nn
 
@@ -45,6 +45,7 @@ with convplan.enabled(convplan.Policy(deterministic=True)):
     run = train(resnet())
 stats = convplan.stats()
 print(run.digest(), stats["planned"], stats["tuned"], stats["from_store"], stats["fell_back"])
+print(stats, file=sys.stderr)
 """
 
 
@@ -136,8 +137,9 @@ def test_deterministic_runs_that_share_a_tuned_store(tmp_path: Path, monkeypatch
         digest = train(resnet()).digest()
     stats = convplan.stats()
     assert (stats["planned"], stats["from_store"], stats["fell_back"]) == (0, len(records), 0)
-    other = run_python(CHILD, torch.get_num_threads(), timeout_s=120).split()
-    assert other == [digest, "0", "0", str(len(records)), "0"]
+    with start_python(CHILD, torch.get_num_threads()) as child:
+        other, said = child.communicate(timeout=120)
+    assert other.split() == [digest, "0", "0", str(len(records)), "0"], said
     assert convplan.check_plans().ok
     assert os.environ["CONVPLAN_STORE"].endswith("shared.sqlite")
 
