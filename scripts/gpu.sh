@@ -24,10 +24,21 @@ prefix=$("$PYTHON" -c 'import sys; print(sys.prefix)')
 trap 'rm -rf "$scratch"' EXIT
 
 step() { # name, seconds, command...
-    local name=$1 seconds=$2 begin=$SECONDS status
+    run "$@"
+    report "$@"
+}
+
+run() { # the same, leaving log, status and time behind
+    local name=$1 seconds=$2 begin=$SECONDS
     shift 2
     timeout --kill-after=10 "$seconds" "$@" >"$scratch/$name.log" 2>&1
-    status=$?
+    echo "$? $((SECONDS - begin))" >"$scratch/$name.end"
+}
+
+report() { # the same, once it has run
+    local name=$1 seconds=$2 status took
+    shift 2
+    read -r status took <"$scratch/$name.end"
     # Where this machine keeps things says nothing to a reader.
     { echo "=== $name: $*"; tail -c 400000 "$scratch/$name.log"; } |
         sed -e "s#$PWD#.#g" -e "s#$prefix#PYTHON#g" -e "s#$HOME#~#g" >>"$OUT/logs.txt"
@@ -35,8 +46,13 @@ step() { # name, seconds, command...
     local word=ok
     [ $status -eq 124 ] || [ $status -eq 137 ] && word="stopped after $seconds s"
     [ $status -ne 0 ] && [ "$word" = ok ] && word="failed ($status)"
-    printf '%-24s %5d s  %-22s %s\n' "$name" $((SECONDS - begin)) "$word" "$(tail -n 1 "$scratch/$name.log" | cut -c 1-120)" |
+    printf '%-24s %5d s  %-22s %s\n' "$name" "$took" "$word" "$(tail -n 1 "$scratch/$name.log" | cut -c 1-120)" |
         tee -a "$OUT/summary.txt"
+}
+
+test_file() { # run or report, file
+    local limits=("${TEST_SECONDS:-250}" "$PYTHON" -m pytest -m gpu "$2" -p no:cacheprovider --timeout 150)
+    "$1" "$(basename "$2" .py)" "${limits[@]}"
 }
 
 count_tests() { # add a pytest log's own counts to the totals, instead of one for the whole step
@@ -64,10 +80,16 @@ for part in $parts; do
         step imports 30 "$PYTHON" -c 'import convplan; print(convplan.__version__)'
         ;;
     tests)
+        # Side by side, but for those that look at the whole GPU's memory.
+        test_file run tests/gpu/test_faults_gpu.py
         for file in tests/gpu/test_*.py; do
-            name=$(basename "$file" .py)
-            step "$name" "${TEST_SECONDS:-200}" "$PYTHON" -m pytest -m gpu "$file" -p no:cacheprovider --timeout 100
-            count_tests "$name"
+            [ "$file" = tests/gpu/test_faults_gpu.py ] || test_file run "$file" &
+        done
+        wait
+        rm -f "$OUT"/*.lock
+        for file in tests/gpu/test_*.py; do
+            test_file report "$file"
+            count_tests "$(basename "$file" .py)"
         done
         ;;
     bench)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 from pathlib import Path
@@ -27,5 +28,7 @@ def findings():
     yield found
     if found and os.environ.get("OUT"):
         path = Path(os.environ["OUT"], "gpu_findings.json")
-        before = json.loads(path.read_text()) if path.exists() else {}  # of the test files that ran before this one
-        path.write_text(json.dumps({**before, **found}, indent=1, default=str) + "\n")
+        with Path(f"{path}.lock").open("w") as lock:  # test files run side by side
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            before = json.loads(path.read_text()) if path.exists() else {}
+            path.write_text(json.dumps({**before, **found}, indent=1, default=str) + "\n")
