@@ -45,7 +45,7 @@ with convplan.enabled(convplan.Policy(deterministic=True)):
     run = train(resnet())
 stats = convplan.stats()
 print(run.digest(), stats["planned"], stats["tuned"], stats["from_store"], stats["fell_back"])
-print(stats, file=sys.stderr)
+print(stats, convplan._environment.current("cpu"), file=sys.stderr)
 """
 
 
@@ -139,7 +139,7 @@ def test_deterministic_runs_that_share_a_tuned_store(tmp_path: Path, monkeypatch
     assert (stats["planned"], stats["from_store"], stats["fell_back"]) == (0, len(records), 0)
     with start_python(CHILD, torch.get_num_threads()) as child:
         other, said = child.communicate(timeout=120)
-    assert other.split() == [digest, "0", "0", str(len(records)), "0"], said
+    assert other.split() == [digest, "0", "0", str(len(records)), "0"], f"{said}; here: {records[0].environment}"
     assert convplan.check_plans().ok
     assert os.environ["CONVPLAN_STORE"].endswith("shared.sqlite")
 
