@@ -20,6 +20,7 @@ from convplan import _bench_child
 from convplan._bench_child import Failed, Kernels, LookAtKernels, MeasureRegret, Prepare, Program, Ready, Sample, Take
 from convplan._bench_processes import Bench, BenchOptions, run_bench
 from convplan._problem_files import NamedProblem, parse_problems
+from convplan._torch_state import adopt_torch_state, torch_state
 
 SCRIPTED = "helpers.scripted_side"
 QUICK = convplan.Policy(engines=("aten",), budget_s=0.01)
@@ -50,8 +51,14 @@ def prepare(problem: NamedProblem, **changes: Any) -> Prepare:
 
 @pytest.fixture(autouse=True)
 def _fresh() -> Iterator[None]:
+    """Programs that are run here, and not in a process of their own, set torch's flags and leave them."""
+    cudnn, before = torch.backends.cudnn, torch_state()
+    benchmark, limit = cudnn.benchmark, cudnn.benchmark_limit
     with fresh_process():
         yield
+    cudnn.benchmark, cudnn.benchmark_limit = benchmark, limit
+    adopt_torch_state(before)
+    assert torch_state() == before
 
 
 # ---- the processes
