@@ -191,7 +191,6 @@ def test_torch_compile_is_a_side() -> None:
     ready = program.answer(prepare(named(padding=[[0, 1], [1, 1]])))
     assert isinstance(ready, Ready), ready
     assert ready.call == "torch.compile(F.pad, F.conv2d)"
-    assert ready.unit_us < 1e6, "what compiling takes is no part of a call"
     assert not ready.from_plan
     assert isinstance(program.answer(Take(2)), Sample)
     assert not any(convplan.stats().values())
