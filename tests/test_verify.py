@@ -384,6 +384,15 @@ def test_off_by_one_on_integers_is_no_rounding(op: Op) -> None:
         Verifier(problem, CPU).check_exactly(ONE, plan.unchecked_run)
 
 
+def test_off_by_one_is_no_rounding_of_a_long_sum_either() -> None:
+    """Where a transform may err by dozens on other numbers."""
+    problem = Problem.dense("wgrad", (16, 2, 64, 64), (2, 2, 1, 1))
+    verifier = Verifier(problem, CPU)
+    plan = plan_of(problem, lambda inputs: right_output(problem, inputs) + 1)
+    with pytest.raises(WrongResult, match="small integers must come out exactly"):
+        verifier.check_exactly(ONE, plan.unchecked_run)
+
+
 @pytest.mark.parametrize("op", OPS)
 def test_off_by_a_rounding_passes_the_tolerance_and_is_seen_on_integers(op: Op) -> None:
     problem = case("2d-k3").problem(op, "float32")
