@@ -18,7 +18,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers.fresh import fresh_process
-from helpers.scaling import Law, ScalingEngine, work
+from helpers.scaling import Law, OwnClock, ScalingEngine, work
 
 import convplan
 from convplan import Evidence, NoPlan, Policy, Problem, TensorSpec, _environment, _runtime
@@ -364,7 +364,7 @@ UNTUNED, TUNED, SECOND = 0, 1, 2
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> VirtualClock:
-    virtual = VirtualClock()
+    virtual = OwnClock()
     monkeypatch.setattr(_runtime, "find_plans", functools.partial(find_plans, clock=virtual))
     return virtual
 
