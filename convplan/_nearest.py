@@ -166,10 +166,11 @@ def _leading(record: PlanRecord) -> PlanRecord:
 
 
 class _Family:
-    """The tuned members of one family, and how many different shapes of it were met."""
+    """The tuned members of one family, those that run by the engines' own order, and how many shapes of it were met."""
 
     def __init__(self) -> None:
         self.tuned: LeastRecentlyUsed[tuple[int, ...], tuple[Sizes, PlanRecord]] = LeastRecentlyUsed(MOST_RELATIVES)
+        self.untuned: LeastRecentlyUsed[tuple[int, ...], tuple[Sizes, PlanRecord]] = LeastRecentlyUsed(MOST_RELATIVES)
         self.shapes: set[Sizes] = set()
         self.claimed: list[float] = []  # work of problems whose tuning was begun for the family's sake
 
@@ -193,15 +194,20 @@ class Relatives:
         self._families: LeastRecentlyUsed[FamilyKey, _Family] | None = None
 
     def add(self, record: PlanRecord) -> bool:
-        """Take a record in; False for one that was not tuned, or whose problem has no family."""
+        """Take a record in; False for one whose problem has no family.
+
+        An untuned one speaks for problems near to it, while nothing of the family is tuned: what the engines put first
+        at one size they nearly always put first at the next, and asking them takes ten times as long as building.
+        """
         named = family(record.problem)
-        if record.effort == "instant" or named is None:
+        if named is None:
             return False
         sizes = Sizes.of(record.problem)
         cell = tuple(round(size / CELL) for size in sizes.shape)
         kept = _leading(record)
         with self._lock:
-            self._family((named, record.policy.key_items(), record.environment)).tuned.add(cell, (sizes, kept))
+            found = self._family((named, record.policy.key_items(), record.environment))
+            (found.untuned if record.effort == "instant" else found.tuned).add(cell, (sizes, kept))
         return True
 
     def load_once(self, key: Hashable, load: Callable[[], Iterable[PlanRecord]]) -> None:
@@ -215,7 +221,8 @@ class Relatives:
                 self._loaded.add(key)
 
     def nearest(self, problem: Problem, policy: Policy, environment: Environment, count: int = 2) -> list[PlanRecord]:
-        """The tuned relatives nearest to a problem, at most `count`.
+        """The tuned relatives nearest to a problem, at most `count`; while there are none, the nearest untuned one that
+        is within a factor of two.
 
         The first is the nearest of all. After it come those on the other side of the problem, with more work than it
         where the first has less, and then the rest, so that the first two enclose the problem where that can be had.
@@ -228,10 +235,12 @@ class Relatives:
             return []
         here = Sizes.of(problem)
         with self._lock:
-            members = list(self._family((named, policy.key_items(), environment)).tuned.values())
+            found = self._family((named, policy.key_items(), environment))
+            members, untuned = list(found.tuned.values()), list(found.untuned.values())
         by_distance = sorted(members, key=lambda member: here.distance(member[0]))
         if not by_distance:
-            return []
+            near = [member for member in untuned if abs(member[0].work - here.work) <= NEAR]
+            return [min(near, key=lambda member: here.distance(member[0]))[1]] if near else []
         first, *others = by_distance
         others.sort(key=lambda member: (member[0].work > here.work) == (first[0].work > here.work))
         return [record for _, record in (first, *others)][:count]

@@ -212,8 +212,11 @@ def _race(
             if done >= MIN_ROUNDS and timer.clock() >= end:
                 break
             shuffle(order)
-            for config in order:
-                samples[config].append(timer.sample_us(calls[config], repeats[config]))
+            found = timer.round_us([(calls[config], repeats[config]) for config in order])
+            for config, sample in zip(order, found, strict=True):
+                if isinstance(sample, Exception):
+                    raise sample
+                samples[config].append(sample)
     finally:
         if was_on:
             gc.enable()
@@ -233,6 +236,9 @@ class _HostTimer:
 
     def repeats(self, first_us: float) -> int:
         return max(1, math.ceil(MIN_SAMPLE_US / max(first_us, 1.0)))
+
+    def round_us(self, calls: Sequence[tuple[Call, int]]) -> list[float | Exception]:
+        return [self.sample_us(call, repeats) for call, repeats in calls]
 
     def sample_us(self, call: Call, repeats: int) -> float:
         begin = self.clock()

@@ -67,6 +67,7 @@ COUNTERS = (
 # has a near relative's choice already, beyond which little is to be gained. An untuned GPU plan costs its engine's
 # lists, 7 to 20 ms (H200, cuDNN 9.19): with `tune_after=2`, those of 16 shapes have cost about what one tuning does.
 PATIENCE = 8
+FAMILIES_SHARE = 0.1  # of the time since the process met its first problem, for tuning what may never come again
 
 Observe = Callable[[Problem, tuple[bool, bool]], None]
 """Told of a problem that is asked for, and whether gradients of its input and its weight may be asked for later."""
@@ -105,6 +106,8 @@ class _Counts:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._rare = dict.fromkeys(COUNTERS, 0)
+        self.since = time.perf_counter()
+        self.families_s = 0.0  # of the seconds below, those for the sake of families
         self.tuning_s = 0.0  # spent on problems that programs met; what was asked for by name is not in it
         self._hit_cells: list[list[int]] = []
 
@@ -385,14 +388,23 @@ def _first_sight(
     if policy.mode == "replay" and policy.replay_miss == "error":
         counts.add("failed")
         raise ReplayMiss(problem=str(problem), policy=str(policy))
-    if _is_due(choice, policy) or _family_is_due(problem, policy, environment):
+    if _is_due(choice, policy):
         return _tune(choice, problem, policy, environment)
+    if _family_is_due(problem, policy, environment):
+        before = counts.tuning_s
+        try:
+            return _tune(choice, problem, policy, environment)
+        finally:
+            counts.families_s += counts.tuning_s - before
     like = _like_relatives(choice, problem, policy, environment)
     if like is not None:
         return like
     # Stored only where that is what the policy asks for, and not when it stands in for a tuned one.
     keep = policy.effort == "instant" and policy.mode == "auto"
-    return _plan(choice, problem, policy, environment, "instant", keep=keep)
+    record = _plan(choice, problem, policy, environment, "instant", keep=keep)
+    if _uses_relatives(policy):
+        _relatives.add(record)
+    return record
 
 
 def _uses_relatives(policy: Policy) -> bool:
@@ -425,6 +437,8 @@ def _family_is_due(problem: Problem, policy: Policy, environment: _environment.E
     at = policy.tunes_at_sight
     if at is None or not _uses_relatives(policy) or _limit_is_spent(policy):
         return False
+    if counts.families_s > FAMILIES_SHARE * (time.perf_counter() - counts.since):
+        return False
     return _known_relatives(environment).claim(problem, policy, environment, shapes=at * PATIENCE)
 
 
@@ -447,7 +461,7 @@ def _like_relatives(
         return None
     counts.add("from_relative")
     choice.failure = None
-    choice.has_near_relative = is_near(problem, nearest[0].problem)
+    choice.has_near_relative = nearest[0].effort != "instant" and is_near(problem, nearest[0].problem)
     choice.hand_over(record, plan)
     return record
 

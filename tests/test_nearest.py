@@ -251,11 +251,19 @@ def test_records_of_other_environments_families_and_efforts_are_no_relatives() -
     known.add(tuned(conv(), {0: 1.0}))
     assert known.nearest(conv(40), rules(), elsewhere) == []
     assert all(not known.nearest(one, rules(), ENVIRONMENT) for name, one in OTHERS.items() if name != "dilation")
-    assert not known.add(tuned(conv(41), {0: 1.0}, effort="instant"))
     strided = msgspec.structs.replace(conv(), x=TensorSpec((1, 2, 32, 32), (2048, 1024, 1, 32), "float32"))
     assert not known.add(tuned(strided, {0: 1.0}))
     assert known.nearest(strided, rules(), ENVIRONMENT) == []
     assert sizes(known.nearest(conv(41), rules(), ENVIRONMENT)) == [(32, 32)]
+
+
+def test_an_untuned_relative_speaks_for_those_near_it_until_one_is_tuned() -> None:
+    known = index()
+    assert known.add(tuned(conv(32), {0: 1.0}, effort="instant"))
+    assert sizes(known.nearest(conv(40), rules(), ENVIRONMENT)) == [(32, 32)]
+    assert known.nearest(conv(32, 65), rules(), ENVIRONMENT) == [], "more than a factor of two"
+    known.add(tuned(conv(200), {1: 1.0}))
+    assert sizes(known.nearest(conv(40), rules(), ENVIRONMENT)) == [(200, 200)]
 
 
 def test_a_family_keeps_so_many_and_each_place_once() -> None:
@@ -642,7 +650,21 @@ def test_a_family_of_many_shapes_is_tuned_although_none_comes_twice(engine: Scal
     efforts = [decide(conv(32, 32 + i)).effort for i in range(30)]
     assert efforts == ["instant"] * 15 + ["measure"] + ["instant"] * 14
     assert [decide(conv(32, 32 + i)).config.knob("index") for i in (14, 15, 29)] == [TUNED] * 3
-    assert convplan.stats()["from_relative"] == 14
+    assert convplan.stats()["from_relative"] == 28, "by what was tuned, and before by the first of them"
+    assert convplan.stats()["planned"] == 3, "the first, the one for all, and the one that was met again"
+
+
+def test_families_take_no_more_than_their_share_of_the_time(
+    engine: ScalingEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def tuned_sizes(sizes: range) -> int:
+        return [decide(conv(size)).effort for size in sizes].count("measure")
+
+    monkeypatch.setattr(_runtime.counts, "families_s", 0.0)
+    monkeypatch.setattr(_runtime, "FAMILIES_SHARE", 1e-9)
+    assert tuned_sizes(range(20, 200)) == 1, "the first of them is always within it"
+    monkeypatch.setattr(_runtime, "FAMILIES_SHARE", 1e9)
+    assert tuned_sizes(range(200, 900, 5)) > 1
 
 
 def test_a_family_waits_longer_under_a_more_patient_policy(engine: ScalingEngine) -> None:

@@ -37,6 +37,7 @@ def _reset() -> None:
     _runtime.local.callers.clear()
     _runtime._warned.clear()
     convplan.stats(reset=True)
+    _runtime.counts.families_s = _runtime.counts.tuning_s = 0.0
 
 
 @contextmanager
