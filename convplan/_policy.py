@@ -34,8 +34,8 @@ class Policy(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
             built: `stock` captures stock torch's kernel, with a warning; `error` raises `CaptureMiss`.
         engines: names of the engines that may be used, in order of preference. None: all that are registered for use.
         allow_notes: names of numerical notes to let through that are dropped otherwise, e.g. DOWN_CONVERT_INPUTS.
-        tune_after: a problem is tuned when it is seen for this many times; until then it runs an untuned plan. Eight
-            times as many where a tuned relative within a factor of two of its work stands in.
+        tune_after: a problem is tuned when a layer sees it for this many times; until then it runs an untuned plan.
+            Eight times as many where a tuned relative within a factor of two of its work stands in.
         tuning_limit_s: seconds of tuning that a process may spend on problems it meets, all together; those met after
             that run untuned plans. What `tune()` and `plan()` do on request is not counted. None: no limit; 0: nothing
             is tuned without being asked.

@@ -49,6 +49,7 @@ log = logging.getLogger("convplan.runtime")
 CACHE_LIMIT_VARIABLE = "CONVPLAN_CACHE_LIMIT"
 DEFAULT_CACHE_LIMIT = 10_000
 MOST_SEEN = 4_096  # weights
+MOST_LAYERS = 64  # that are told apart when sightings of one problem are counted
 STORE_VARIABLES = ("CONVPLAN_STORE", "CONVPLAN_CACHE_DIR")
 COUNTERS = (
     "hits",
@@ -232,6 +233,10 @@ state = State()
 local = Local()
 
 
+Layer = weakref.ref[Any]
+"""What tells the layers of a network apart: a weak reference to a weight."""
+
+
 class _Failure(NamedTuple):
     """A search that found nothing: what to raise again, and which engines it asked. Holds no traceback, no tensor."""
 
@@ -248,10 +253,33 @@ class _Choice:
         self.lock = threading.RLock()
         self.record: PlanRecord | None = None
         self.failure: _Failure | None = None
-        self.sightings = 0
+        self.sightings = 0  # by the layer that has met the problem most often
+        self._by_layer: list[tuple[Layer | None, int]] = []
         self.gave_up = False  # tuning broke off; the untuned plan stays
         self.has_near_relative = False  # whose choice it runs by
         self._ready: tuple[PlanRecord, Plan] | None = None
+
+    def sight(self, layer: Layer | None) -> None:
+        """Count a sighting by one layer; None: by whom is not known. Under the lock.
+
+        Layers of a network share problems, so that meeting one again says nothing about whether it will come again;
+        that the same layer meets it again does. What takes the place of a layer that is gone counts on from there.
+        """
+        here = None if layer is None else layer()
+        before, gone, others = 0, 0, []
+        for other, count in self._by_layer:
+            there = None if other is None else other()
+            if there is here and (other is None) == (layer is None):
+                before = count
+            elif other is not None and there is None:
+                gone = max(gone, count)
+            else:
+                others.append((other, count))
+        before = before or gone
+        if len(others) == MOST_LAYERS:
+            others, before = others[1:], self.sightings
+        self.sightings = max(self.sightings, before + 1)
+        self._by_layer = [*others, (layer, before + 1)]
 
     def hand_over(self, record: PlanRecord, plan: Plan) -> None:
         """Leave what planning built for the first runner, which need not build it again."""
@@ -332,12 +360,13 @@ def forget() -> None:
         _stores.clear()
 
 
-def decide(problem: Problem, policy: Policy) -> tuple[_Choice, PlanRecord]:
+def decide(problem: Problem, policy: Policy, layer: Layer | None = None) -> tuple[_Choice, PlanRecord]:
     """The record to run a problem by: the remembered, the stored, or a newly planned one.
 
     Args:
         problem: not empty.
         policy: as the user gave it; flags left None follow torch's.
+        layer: whose sighting of the problem this is, a weak reference to its weight; None: not known.
 
     Raises:
         NoPlan: no engine runs it. ReplayMiss: replay mode, and it is not stored.
@@ -346,7 +375,7 @@ def decide(problem: Problem, policy: Policy) -> tuple[_Choice, PlanRecord]:
     environment = _environment.current(problem.device)
     choice = _choices.get(problem, resolved, environment)
     with choice.lock:
-        choice.sightings += 1
+        choice.sight(layer)
         _raise_known_failure(choice)
         if choice.record is None or (choice.record.effort == "instant" and _refuses_untuned(resolved)):
             choice.record = _first_sight(choice, problem, resolved, environment)
@@ -603,27 +632,32 @@ class Runner:
     problem. While a CUDA graph is captured nothing is planned, built or counted.
 
     Args:
-        problem, policy: as for `decide`.
+        problem, policy, layer: as for `decide`.
         device: index of the GPU, -1 for the CPU.
+
+    Attributes:
+        layer: whose call comes next, while calls count.
+        settled: they do not count any more: nothing but a new token can change the choice.
 
     Raises:
         NoPlan: as `decide`. CaptureMiss: a CUDA graph is being captured.
     """
 
-    def __init__(self, problem: Problem, policy: Policy, device: int = -1) -> None:
+    def __init__(self, problem: Problem, policy: Policy, device: int = -1, layer: Layer | None = None) -> None:
+        self.layer = layer
         self._problem = problem
         self._policy = policy
         self._device = device
         with on_device(device):
             if in_graph_capture(device):
                 raise CaptureMiss(problem=str(problem), policy=str(policy))
-            self._choice, self._record = decide(problem, policy)
+            self._choice, self._record = decide(problem, policy, layer)
             self._take(self._record)
         self._fresh = True
 
     def _take(self, record: PlanRecord) -> None:
         self._record = record
-        self._settled = self._choice.gave_up or is_settled(record, self._policy.resolve())
+        self.settled = self._choice.gave_up or is_settled(record, self._policy.resolve())
         self._plan = self._build()
         self._run = self._plan.bound_run()
 
@@ -666,7 +700,7 @@ class Runner:
     def __call__(
         self, first: torch.Tensor, second: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor | None
     ) -> torch.Tensor:
-        if not self._settled or self._choice.record is not self._record:
+        if not self.settled or self._choice.record is not self._record:
             self._look_again()
         try:
             return self._run(first, second, bias, out)
@@ -676,12 +710,12 @@ class Runner:
     @property
     def unwatched(self) -> Run | None:
         """The bare plan once nothing but a new token can change the choice; its failures are for `recover`."""
-        return self._run if self._settled else None
+        return self._run if self.settled else None
 
     @property
     def settled_as(self) -> str:
         """The entry of torch that the settled plan is nothing but a call of; empty while it may still change."""
-        return self._plan.as_torch if self._settled else ""
+        return self._plan.as_torch if self.settled else ""
 
     def recover(
         self, exc: Exception, first: torch.Tensor, second: torch.Tensor, bias: torch.Tensor | None
@@ -701,8 +735,8 @@ class Runner:
             record = self._choice.record
             if self._fresh:  # the sighting that made this runner is counted already
                 self._fresh = False
-            elif not self._settled:
-                self._choice, record = decide(self._problem, self._policy)
+            elif not self.settled:
+                self._choice, record = decide(self._problem, self._policy, self.layer)
             if record is not None and record is not self._record:
                 self._take(record)
 

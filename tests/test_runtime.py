@@ -437,6 +437,45 @@ def test_the_choice_is_shared_by_threads_and_plans_are_not(mine: FakeEngine) -> 
     assert [new - old for old, new in zip(builds, mine.builds, strict=True)] == [0, 1, 0]
 
 
+def layers(number: int) -> tuple[torch.nn.Module, torch.Tensor]:
+    """Layers that are one problem, and their input; no input of theirs needs a gradient."""
+    weights = [torch.nn.Conv2d(3, 3, 3, padding=1, bias=False) for _ in range(number)]
+    return torch.nn.Sequential(*weights), torch.randn(2, 3, 6, 6)
+
+
+@pytest.mark.parametrize("autocast", [False, True], ids=["plain", "autocast"])
+def test_layers_of_one_network_that_share_a_problem_are_no_repetition(mine: FakeEngine, autocast: bool) -> None:
+    network, x = layers(5)
+    convplan.enable(rules(tune_after=2))
+    tuned = []
+    for _ in range(2):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+            network(x).float().square().sum().backward()
+        tuned.append(convplan.stats()["tuned"])
+    # fprop, and where they are asked for dgrad and wgrad
+    assert tuned == [0, 3]
+
+
+def test_a_weight_that_takes_the_place_of_one_that_is_gone_counts_on(mine: FakeEngine) -> None:
+    x, w = tensors()
+    convplan.enable(rules(tune_after=3))
+    for sighting in (1, 2, 3):
+        assert convplan.stats()["tuned"] == 0, sighting
+        F.conv2d(x, w.clone())
+    assert convplan.stats()["tuned"] == 1
+
+
+def test_more_weights_than_are_told_apart_count_in_the_end(mine: FakeEngine) -> None:
+    x, w = tensors()
+    convplan.enable(rules(tune_after=2))
+    weights = [w.clone() for _ in range(_runtime.MOST_LAYERS + 1)]
+    for one in weights[:-1]:
+        F.conv2d(x, one)
+    assert convplan.stats()["tuned"] == 0
+    F.conv2d(x, weights[-1])
+    assert convplan.stats()["tuned"] == 1
+
+
 @pytest.mark.behaviour("B22")
 def test_sightings_of_all_threads_count_together(mine: FakeEngine) -> None:
     x, w = tensors()

@@ -7,6 +7,7 @@ both inputs, and the gradient of each is made of the other two (`_Linear`).
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -281,7 +282,7 @@ def _new_caller(
     if graded:
         run = _differentiable(problem, args, policy)
     else:
-        run = _checked(_Caller.of(problem, policy, x.get_device()), problem, x.device)
+        run = _checked(_Caller.of(problem, policy, x.get_device(), weight), problem, x.device)
     run = _without_autocast(run, x.device.type)
     return _without_batch(run) if unbatched else run
 
@@ -403,9 +404,17 @@ class _Caller:
 
     @classmethod
     def of(
-        cls, problem: Problem, policy: Policy | None, device: int, gradients: tuple[bool, bool] = NO_GRADIENTS
+        cls,
+        problem: Problem,
+        policy: Policy | None,
+        device: int,
+        second: Tensor,
+        gradients: tuple[bool, bool] = NO_GRADIENTS,
     ) -> _Caller:
-        """Plan the problem. A miss in replay mode is raised; any other failure to plan leaves it to stock torch."""
+        """Plan the problem, at the sight of its second input.
+
+        A miss in replay mode is raised; any other failure to plan leaves it to stock torch.
+        """
         counts.add("misses")
         wanted = _runtime.check_policy(state.policy if policy is None else policy)
         if problem.is_empty:
@@ -413,13 +422,15 @@ class _Caller:
         for observe in state.captures:
             observe(problem, gradients)
         try:
-            return cls(problem, Runner(problem, wanted, device))
+            return cls(problem, Runner(problem, wanted, device, _layer(problem.op, second)))
         except ConvPlanError as exc:
             note_fallback(exc, wanted)
             return cls(problem, None)
 
     def __call__(self, first: Tensor, second: Tensor, bias: Tensor | None, out: Tensor | None) -> Tensor:
         if self._runner is not None:
+            if not self._runner.settled:
+                self._runner.layer = _layer(self._problem.op, second)
             try:
                 return self._runner(first, second, bias, out)
             except ConvPlanError as exc:
@@ -434,6 +445,11 @@ class _Caller:
         if bias is not None:
             result += bias.view(-1, *[1] * problem.spatial_rank)
         return deliver(result, problem.output, out)
+
+
+def _layer(op: Op, second: Tensor) -> _runtime.Layer | None:
+    """Whose call this is, by its weight; there is none among the inputs of a weight's gradient."""
+    return None if op == "wgrad" else weakref.ref(second)
 
 
 def last_resort(problem: Problem) -> Run:
@@ -472,7 +488,7 @@ class _Geometry:
                 callers.move_to_end(key)
         else:
             device = first.get_device()
-            caller = _Caller.of(self._problem(op, first, second, bias), self.policy, device, gradients)
+            caller = _Caller.of(self._problem(op, first, second, bias), self.policy, device, second, gradients)
             local.remember(key, token, caller, device)
         return caller(first, second, bias, None)
 

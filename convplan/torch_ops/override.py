@@ -13,6 +13,7 @@ from __future__ import annotations
 import logging
 import threading
 import warnings
+import weakref
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -277,16 +278,19 @@ class _Watching:
         call: what to call now.
         planned: the plans it runs.
         make: makes the caller anew, for when none of them can change any more.
+        weight: position of the weight among the tensors of a call.
     """
 
-    __slots__ = ("_call", "_make", "_planned")
+    __slots__ = ("_call", "_make", "_planned", "_weight")
 
     def __init__(
-        self, call: Callable[..., Any], planned: list[_Planned], make: Callable[[], Callable[..., Any]]
+        self, call: Callable[..., Any], planned: list[_Planned], make: Callable[[], Callable[..., Any]], weight: int
     ) -> None:
-        self._call, self._planned, self._make = call, planned, make
+        self._call, self._planned, self._make, self._weight = call, planned, make, weight
 
-    def __call__(self, *tensors: Tensor | None) -> Any:
+    def __call__(self, *tensors: Tensor) -> Any:
+        for one in self._planned:
+            one.sighted_by(tensors[self._weight])
         return self._call(*tensors)
 
     def settled(self) -> Callable[..., Any] | None:
@@ -326,7 +330,7 @@ def _new_forward(x: Tensor, w: Tensor, bias: Tensor | None, raw: RawArgs) -> For
 
         return forward
 
-    return make() if planned.settled else _Watching(make(), [planned], make)
+    return make() if planned.settled else _Watching(make(), [planned], make, 1)
 
 
 def _new_backward(
@@ -397,7 +401,7 @@ def _new_backward(
 
         return backward
 
-    return make() if all(one.settled for one in planned) else _Watching(make(), planned, make)
+    return make() if all(one.settled for one in planned) else _Watching(make(), planned, make, 2)
 
 
 Asked = tuple[Problem, Tensor, Tensor]
@@ -421,7 +425,7 @@ def _planned(
     if not state.enabled:
         return None
     try:
-        runner = Runner(problem, state.policy, x.get_device())
+        runner = Runner(problem, state.policy, x.get_device(), weakref.ref(w))
         return _Planned(runner, problem.output.dims, output_strides(problem.output.dims, x, w, args))
     except ConvPlanError as exc:
         note_fallback(exc, state.policy)
@@ -442,6 +446,10 @@ class _Planned:
         self.settled, self.settled_as = False, ""
         self.run: Run = self._restrided(runner)
         self.settle()
+
+    def sighted_by(self, weight: Tensor) -> None:
+        """Whose call comes next, while calls count."""
+        self._runner.layer = weakref.ref(weight)
 
     def settle(self) -> bool:
         """Take over the bare plan once nothing but a new token can change the choice; whether that is so."""
