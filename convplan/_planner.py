@@ -31,7 +31,18 @@ from convplan._plan import Evidence, Plan, PlanRecord
 from convplan._policy import Effort, Policy
 from convplan._problem import DTYPES, Problem
 from convplan.engines import registry
-from convplan.engines.base import FALLBACK, LAST_RESORT, Built, Candidate, Engine, EngineConfig, Run, Searchable
+from convplan.engines.base import (
+    FALLBACK,
+    LAST_RESORT,
+    Built,
+    Candidate,
+    Engine,
+    EngineConfig,
+    Offer,
+    Offering,
+    Run,
+    Searchable,
+)
 
 if TYPE_CHECKING:
     from concurrent.futures import Future, ThreadPoolExecutor
@@ -296,9 +307,20 @@ def plan_like(
 
 
 @functools.lru_cache(maxsize=64)
-def _is_searchable(kind: type) -> bool:
+def _offers(kind: type) -> bool:
     """Kept, since asking a protocol takes longer than what it is asked for on the way to a first run."""
-    return issubclass(kind, Searchable)
+    return issubclass(kind, Offering)
+
+
+def _offer(engine: Engine, problem: Problem, candidate: Candidate) -> Offer:
+    """What an engine says of a configuration by name; the candidate as it is known elsewhere where it says nothing."""
+    config = candidate.config
+    if _offers(type(engine)):
+        offer = cast(Offering, engine).offer(problem, config)
+        return Offer(msgspec.structs.replace(offer.candidate, source=candidate.source), offer.build)
+    if isinstance(engine, Searchable):
+        candidate = msgspec.structs.replace(engine.candidate(problem, config), source=candidate.source)
+    return Offer(candidate, functools.partial(engine.build, problem, config))
 
 
 def _as_known(
@@ -334,18 +356,16 @@ def _as_known(
 
 def _proposed(item: _Live, problem: Problem, policy: Policy) -> tuple[str, str]:
     """Ask its engine about a relative's configuration and build it; the stage and reason where that ends, or empty."""
-    engine, config = item.engine, item.candidate.config
+    engine = item.engine
     try:
         support = engine.supports(problem)
         if not support.ok:
             return "enumerate", support.reason
-        if _is_searchable(type(engine)):
-            known = cast(Searchable, engine).candidate(problem, config)
-            item.candidate = msgspec.structs.replace(known, source=item.candidate.source)
-            reason = _forbidden(item.candidate, problem, policy, MOST_WORKSPACE_BYTES)
-            if reason:
-                return "filter", reason
-        item.built = engine.build(problem, config, policy)
+        item.candidate, build = _offer(engine, problem, item.candidate)
+        reason = _forbidden(item.candidate, problem, policy, MOST_WORKSPACE_BYTES)
+        if reason:
+            return "filter", reason
+        item.built = build(policy)
     except Exception as exc:  # an engine's failure costs its candidate, never the planning
         return "build", _reason(exc)
     # Asking what memory there is takes longer than all the rest, and most plans need none.

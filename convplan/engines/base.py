@@ -13,7 +13,7 @@ import functools
 import logging
 import threading
 from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, NamedTuple, Protocol, runtime_checkable
 
 import msgspec
 
@@ -220,6 +220,25 @@ class Searchable(Protocol):
 
         Raises:
             PlanRejected: there is no such configuration.
+        """
+
+
+class Offer(NamedTuple):
+    """A configuration that was asked for by name, with what is known of it, and what builds it under a policy."""
+
+    candidate: Candidate
+    build: Callable[[Policy], Built]
+
+
+@runtime_checkable
+class Offering(Protocol):
+    """What an engine has besides, when it builds what it was just asked about with less work than anew."""
+
+    def offer(self, problem: Problem, config: EngineConfig) -> Offer:
+        """One configuration, proposed by nobody.
+
+        Raises:
+            PlanRejected: there is no such configuration; `Offer.build` raises what `Engine.build` does.
         """
 
 

@@ -288,7 +288,7 @@ class _Watching:
     ) -> None:
         self._call, self._planned, self._make, self._weight = call, planned, make, weight
 
-    def __call__(self, *tensors: Tensor) -> Any:
+    def __call__(self, *tensors: Tensor | None) -> Any:
         for one in self._planned:
             one.sighted_by(tensors[self._weight])
         return self._call(*tensors)
@@ -447,9 +447,9 @@ class _Planned:
         self.run: Run = self._restrided(runner)
         self.settle()
 
-    def sighted_by(self, weight: Tensor) -> None:
+    def sighted_by(self, weight: Tensor | None) -> None:
         """Whose call comes next, while calls count."""
-        self._runner.layer = weakref.ref(weight)
+        self._runner.layer = None if weight is None else weakref.ref(weight)
 
     def settle(self) -> bool:
         """Take over the bare plan once nothing but a new token can change the choice; whether that is so."""

@@ -119,16 +119,19 @@ def _range(knob: Descriptor) -> tuple[str, int, int, int]:
 
 def described_configuration(
     graph: Descriptor, target: Target, engine: int, knobs: Mapping[str, int], source: str
-) -> Configuration:
+) -> tuple[Configuration, Descriptor]:
     """A configuration that nobody proposed, as `heuristic_configurations` describes those it finds.
+
+    Returns:
+        The description, and the configuration itself, of which a plan can be built.
 
     Raises:
         CudnnError: the engine does not run this graph here, or a knob's value is out of its range.
         ValueError: an unknown knob.
     """
-    config = engine_configuration(graph, target, engine, knobs)
     which = _engine(graph, target, engine)
-    return Configuration(engine, tuple(knobs.items()), notes_of(which), _workspace_bytes(config), source)
+    config = _configuration(which, knobs)
+    return Configuration(engine, tuple(knobs.items()), notes_of(which), _workspace_bytes(config), source), config
 
 
 def heuristic_configurations(graph: Descriptor, target: Target, source: str) -> list[Configuration]:
@@ -213,9 +216,13 @@ def engine_configuration(graph: Descriptor, target: Target, engine: int, knobs: 
         CudnnError: the engine does not run this graph here, or a knob's value is out of its range.
         ValueError: an unknown knob.
     """
-    library = graph.library
+    return _configuration(_engine(graph, target, engine), knobs)
+
+
+def _configuration(engine: Descriptor, knobs: Mapping[str, int]) -> Descriptor:
+    library = engine.library
     config = Descriptor(library, DescriptorType.ENGINECFG)
-    config.set(Attribute.ENGINECFG_ENGINE, _engine(graph, target, engine))
+    config.set(Attribute.ENGINECFG_ENGINE, engine)
     if knobs:
         config.set(Attribute.ENGINECFG_KNOB_CHOICES, [_choice(library, *knob) for knob in knobs.items()])
     return config.finalize()

@@ -21,7 +21,7 @@ from convplan._errors import EngineUnavailable, PlanRejected
 from convplan._policy import Effort, Policy
 from convplan._problem import Problem, TensorSpec
 from convplan.engines._support import TORCH_DTYPES, empty
-from convplan.engines.base import Built, Candidate, EngineConfig, Run, Space, Support, no
+from convplan.engines.base import Built, Candidate, EngineConfig, Offer, Run, Space, Support, no
 from convplan.engines.cudnn.configs import (
     Configuration,
     described_configuration,
@@ -32,7 +32,7 @@ from convplan.engines.cudnn.descriptors import CudnnError, Descriptor
 from convplan.engines.cudnn.errata import Errata
 from convplan.engines.cudnn.graph import UIDS, dense, is_strided, needs_copy, operation_graph, refusal
 from convplan.engines.cudnn.library import clear_cuda_error
-from convplan.engines.cudnn.plans import ExecutionPlan, build_plan, restore_plan
+from convplan.engines.cudnn.plans import ExecutionPlan, build_configured, build_plan, restore_plan
 from convplan.engines.cudnn.serialized import pattern_of, vetted
 from convplan.engines.cudnn.target import Target, handle_of, present
 
@@ -151,18 +151,27 @@ class CudnnEngine:
         Raises:
             PlanRejected: cuDNN has no such configuration; the reason is cuDNN's own.
         """
+        return self.offer(problem, config).candidate
+
+    def offer(self, problem: Problem, config: EngineConfig) -> Offer:
+        """The same, with what builds it.
+
+        Raises:
+            PlanRejected: as `candidate`.
+        """
         target, plans = self._target(), _Plans(self, problem, config)
         knobs = dict(config.knobs)
         ours = {"dense": 1} if knobs.pop("dense", 0) else {}
         number = knobs.pop("engine", -1)
         try:
-            for variant_knobs, graph in _graphs(problem, target):
-                if variant_knobs == ours:
-                    described = described_configuration(graph, target, number, knobs, SEARCHED)
-                    return _candidate(described, ours, problem, target, Errata.load())
+            graph = next((graph for variant, graph in _graphs(problem, target) if variant == ours), None)
+            if graph is None:
+                raise plans.rejected(f"there is no variant {ours or 'as given'} of this problem")
+            described, finalised = described_configuration(graph, target, number, knobs, SEARCHED)
         except (CudnnError, ValueError) as exc:
             raise plans.rejected(str(exc)) from exc
-        raise plans.rejected(f"there is no variant {ours or 'as given'} of this problem")
+        candidate = _candidate(described, ours, problem, target, Errata.load())
+        return Offer(candidate, lambda policy: _built(problem, config, plans, plans.build(target, finalised)))
 
     def build(self, problem: Problem, config: EngineConfig, policy: Policy) -> Built:
         """Build one configuration for the target.
@@ -256,12 +265,18 @@ class _Plans:
         self.uids = tuple(UIDS[letter] for letter in _LETTERS[problem.op])
         self.by_index: dict[int, ExecutionPlan] = {}
 
-    def build(self, target: Target) -> ExecutionPlan:
-        """Build for a target; kept where that is a GPU of this machine."""
+    def build(self, target: Target, finalised: Descriptor | None = None) -> ExecutionPlan:
+        """Build for a target; kept where that is a GPU of this machine.
+
+        Args:
+            finalised: the configuration as the target's cuDNN has it, where that was asked for already.
+        """
         engine, knobs = self._chosen()
         try:
-            graph = operation_graph(target, self._problem)
-            plan = build_plan(graph, target, engine, knobs, self.uids)
+            if finalised is None:
+                plan = build_plan(operation_graph(target, self._problem), target, engine, knobs, self.uids)
+            else:
+                plan = build_configured(finalised, target, self.uids)
         except (CudnnError, ValueError) as exc:
             clear_cuda_error(target.library)
             raise self.rejected(str(exc)) from exc

@@ -118,7 +118,15 @@ def build_plan(
         CudnnError: the engine refuses the graph, a knob's value or the device, or its compilation failed twice.
         ValueError: an unknown knob.
     """
-    config = engine_configuration(graph, target, engine, knobs)
+    return build_configured(engine_configuration(graph, target, engine, knobs), target, uids)
+
+
+def build_configured(config: Descriptor, target: Target, uids: tuple[int, ...]) -> ExecutionPlan:
+    """Build a finalised configuration into a plan.
+
+    Raises:
+        CudnnError: as `build_plan`.
+    """
     try:
         return ExecutionPlan(_finalised(target, config, None), uids)
     except CudnnError as exc:
