@@ -12,8 +12,10 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import msgspec
 
+from convplan._candidates import Live
 from convplan._errors import EngineUnavailable
-from convplan._planner import MOST_WORKSPACE_BYTES, _Live, filter_candidates
+from convplan._filter import filter_candidates
+from convplan._memory import MOST_WORKSPACE_BYTES
 from convplan._policy import Policy
 from convplan.cli.output import Progress, Result
 from convplan.engines.base import Notes
@@ -155,7 +157,7 @@ def _dropped(
     engine: CudnnEngine, problem: Problem, candidates: Sequence[Candidate], policy: Policy
 ) -> dict[EngineConfig, str]:
     """The planner's reason for each configuration that its filter drops."""
-    _, rejected = filter_candidates([_Live(candidate, engine) for candidate in candidates], problem, policy)
+    _, rejected = filter_candidates([Live(candidate, engine) for candidate in candidates], problem, policy)
     return {evidence.config: evidence.reason for evidence in rejected}
 
 

@@ -13,7 +13,8 @@ import msgspec
 import pytest
 import torch
 
-from convplan._planner import _Live, filter_candidates
+from convplan._candidates import Live
+from convplan._filter import filter_candidates
 from convplan._policy import Policy
 from convplan._problem import Problem
 from convplan._problem_files import parse_problems
@@ -291,7 +292,7 @@ def test_the_filter_is_the_planners(configs: Callable[..., Ran], options: tuple[
     change = {"op": "wgrad", "dtype": "float32"}
     problem = on_gpu(change)
     engine = CudnnEngine(Target.absent(Device.from_properties(H200)))
-    live = [_Live(candidate, engine) for candidate in engine.configs(problem, "measure")]
+    live = [Live(candidate, engine) for candidate in engine.configs(problem, "measure")]
     kept, rejected = filter_candidates(live, problem, policy.replace(allow_tf32=False))
     assert kept
     assert rejected
