@@ -87,6 +87,9 @@ def configs(problems: Sequence[NamedProblem], policy: Policy, *, properties: Pat
         policy: its effort chooses the lists that are asked.
         properties: the file that describes the GPU; None: the current GPU of this machine.
 
+    Returns:
+        An answer for each problem; not ok when there are problems and nothing is proposed for any.
+
     Raises:
         EngineUnavailable: no GPU here and none described, or no cuDNN.
         SpecError: the description is malformed, or of another cuDNN version.
@@ -101,7 +104,8 @@ def configs(problems: Sequence[NamedProblem], policy: Policy, *, properties: Pat
             answers.append(_ask(gpu, named, policy))
             blocks += [_text(named, answers[-1]), ""]
             progress.step(done, len(problems), named.name)
-    return Result("\n".join([*blocks, _summary(gpu, answers)]), answers)
+    listed = not answers or any(answer.configs for answer in answers)
+    return Result("\n".join([*blocks, _summary(gpu, answers)]), answers, ok=listed)
 
 
 def _described(properties: Path) -> _Gpu:
