@@ -8,7 +8,6 @@ planner's, and a file of plans is `_exchange`'s.
 
 from __future__ import annotations
 
-import datetime
 import functools
 import tempfile
 import time
@@ -18,11 +17,14 @@ from pathlib import Path
 import msgspec
 
 from convplan import __version__
+from convplan._build import build_one
+from convplan._candidates import Live, ask, instant_order, no_plan
 from convplan._environment import Environment
 from convplan._errors import PlanRejected, SpecError, StoreError
 from convplan._exchange import ExportReport, export_plans
-from convplan._plan import Evidence, PlanRecord
-from convplan._planner import MOST_WORKSPACE_BYTES, _ask, _build, _instant_order, _Live, filter_candidates, no_plan
+from convplan._filter import filter_candidates
+from convplan._memory import MOST_WORKSPACE_BYTES
+from convplan._plan import Evidence, PlanRecord, utc_now
 from convplan._policy import Policy
 from convplan._problem import Problem
 from convplan._store import PlanStore
@@ -103,7 +105,7 @@ class AheadBuilder:
             if len(built) >= leading:
                 behind.append(item.evidence())
                 continue
-            if reason := _build(item, asked, resolved, limit_bytes):
+            if reason := build_one(item, asked, resolved, limit_bytes):
                 rejected.append(item.evidence("build", reason))
                 continue
             try:
@@ -123,25 +125,24 @@ class AheadBuilder:
             ranking=(*built, *behind),
             rejected=tuple(rejected),
             planning_s=round(time.perf_counter() - begin, 6),
-            created=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+            created=utc_now(),
             version=__version__,
         )
         return AheadPlan(record=record, serialized=serialized)
 
-    def _allowed(self, problem: Problem, policy: Policy) -> tuple[list[_Live], list[Evidence]]:
+    def _allowed(self, problem: Problem, policy: Policy) -> tuple[list[Live], list[Evidence]]:
         """The candidates that the policy lets through, fallbacks last, and what it drops."""
-        proposals, reason = _ask(self.engine, problem, "instant")
+        proposals, reason = ask(self.engine, problem, "instant")
         if not proposals:
             return [], [Evidence(config=EngineConfig(self.engine.name), rejected="enumerate", reason=reason)]
-        live = [_Live(candidate, self.engine) for candidate in proposals]
-        return filter_candidates(sorted(live, key=functools.partial(_instant_order, problem)), problem, policy)
+        live = [Live(candidate, self.engine) for candidate in proposals]
+        return filter_candidates(sorted(live, key=functools.partial(instant_order, problem)), problem, policy)
 
 
-def _serialized(item: _Live) -> bytes:
-    assert item.built is not None
-    if item.built.serialize is None:
+def _serialized(item: Live) -> bytes:
+    if item.ready.serialize is None:
         raise AssertionError("convplan bug: a plan of cuDNN's without a serialized form")
-    return item.built.serialize()
+    return item.ready.serialize()
 
 
 def _unserialized(evidence: Evidence) -> Evidence:

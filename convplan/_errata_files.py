@@ -8,27 +8,19 @@ it cannot make anything run.
 from __future__ import annotations
 
 import os
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Literal
 
 import msgspec
 
-from convplan._errors import PlanFileError, StoreError, StoreMismatch
-from convplan._exchange import AnyStore, opened_store, read_bounded, write_whole
+from convplan._errors import StoreError
+from convplan._files import AnyStore, FileFormat, decode_item, file_to_write, opened_store, read_envelope, write_whole
 from convplan._learned import MAX_ERRATA, LearnedErratum, erratum_trouble
-from convplan._rows import showable
+from convplan._plan import utc_now
 
 FORMAT = "convplan-errata"
 FILE_SCHEMA = 1  # goes up when an older convplan could not read the file, or would misread it
 MAX_FILE_BYTES = 32 * 2**20
-
-
-class _Head(msgspec.Struct, frozen=True):
-    """The two fields every version of the format has."""
-
-    format: str
-    schema: int
 
 
 class _Envelope(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -91,9 +83,7 @@ def export_errata(path: str | os.PathLike[str], *, store: AnyStore | None = None
     Raises:
         StoreError: the store cannot be read, or the file not written.
     """
-    target = Path(path).absolute()
-    if target.is_dir():
-        raise StoreError(path=str(target), reason="is a directory, expected the name of a file to write")
+    target = file_to_write(path)
     with opened_store(store) as source:
         rows = list(source.errata_rows())
     from convplan import __version__
@@ -104,7 +94,7 @@ def export_errata(path: str | os.PathLike[str], *, store: AnyStore | None = None
         schema=FILE_SCHEMA,
         errata=errata,
         version=__version__,
-        created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        created=utc_now(),
     )
     content = msgspec.json.format(msgspec.json.encode(file), indent=1) + b"\n"
     if len(content) > MAX_FILE_BYTES:
@@ -126,18 +116,15 @@ def import_errata(
         StoreMismatch: it is no file of learned errata, or a newer convplan wrote it; nothing is imported.
         StoreError: the file cannot be read, or the store not written.
     """
-    envelope = _read_envelope(Path(path))
+    form = FileFormat(FORMAT, "file of learned errata", (FILE_SCHEMA,), "errata", MAX_ERRATA, MAX_FILE_BYTES)
+    envelope = read_envelope(Path(path), _Envelope, form)
     chosen: dict[str, LearnedErratum] = {}
     refused: list[tuple[str, str]] = []
     twins = 0
     for index, raw in enumerate(envelope.errata):
-        try:
-            erratum = msgspec.json.decode(raw, type=LearnedErratum)
-            trouble = erratum_trouble(erratum)
-        except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as exc:
-            refused.append((f"errata[{index}]", showable(str(exc))))
-            continue
-        if trouble:
+        erratum, trouble = decode_item(raw, LearnedErratum)
+        trouble = trouble or ("" if erratum is None else erratum_trouble(erratum))
+        if erratum is None or trouble:
             refused.append((f"errata[{index}]", trouble))
             continue
         twins += erratum.id in chosen
@@ -151,24 +138,3 @@ def import_errata(
         refused=tuple(refused),
         dry_run=dry_run,
     )
-
-
-def _read_envelope(path: Path) -> _Envelope:
-    content = read_bounded(path, MAX_FILE_BYTES)
-    try:
-        head = msgspec.json.decode(content, type=_Head)
-        if head.format != FORMAT:
-            raise StoreMismatch(path=str(path), found=repr(head.format), expected=f"{FORMAT!r} {FILE_SCHEMA}")
-        if head.schema != FILE_SCHEMA:
-            raise StoreMismatch(path=str(path), found=str(head.schema), expected=str(FILE_SCHEMA))
-        envelope = msgspec.json.decode(content, type=_Envelope)
-    except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as exc:
-        raise PlanFileError(
-            path=str(path), reason=showable(f"is not a file of learned errata: {exc}; nothing was imported")
-        ) from exc
-    if len(envelope.errata) > MAX_ERRATA:
-        raise PlanFileError(
-            path=str(path),
-            reason=f"holds {len(envelope.errata)} errata, expected at most {MAX_ERRATA}; nothing was imported",
-        )
-    return envelope

@@ -9,28 +9,34 @@ plans for one key stays, is decided in `_store`; what a serialized plan is, in `
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import os
-import uuid
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from datetime import datetime, timezone
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import msgspec
 
 from convplan._environment import Environment
-from convplan._errors import PlanFileError, StoreError, StoreMismatch
-from convplan._plan import PlanRecord
+from convplan._errors import PlanFileError, StoreError
+from convplan._files import (
+    UNREADABLE,
+    AnyStore,
+    FileFormat,
+    decode_item,
+    file_to_write,
+    opened_store,
+    read_envelope,
+    write_whole,
+)
+from convplan._plan import PlanRecord, utc_now
 from convplan._policy import EFFORTS
 from convplan._rows import MAX_LABEL
 from convplan._serialized import MAX_PARTS, Part, part_trouble
 from convplan._store import (
     CheckReport,
     Deleted,
-    PlanStore,
     current_environments,
     registered_engines,
     showable,
@@ -44,21 +50,12 @@ MAX_FILE_BYTES = 256 * 2**20
 MAX_PLANS = 100_000
 SCHEMA_FILE = Path(__file__).parent / "schemas" / "plans.schema.json"
 
-AnyStore = PlanStore | str | os.PathLike[str]
-
 
 class EnvironmentCount(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """How many plans of a file belong to one environment. For readers; import looks at the plans themselves."""
 
     environment: Environment
     plans: int
-
-
-class _Head(msgspec.Struct, frozen=True):
-    """The two fields every version of the format has; read first, so that a newer file is told from a broken one."""
-
-    format: str
-    schema: int
 
 
 class _Envelope(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -164,9 +161,7 @@ def export_plans(
     Raises:
         StoreError: the store cannot be read, or the file not written; the message names which.
     """
-    target = Path(path).absolute()
-    if target.is_dir():
-        raise StoreError(path=str(target), reason="is a directory, expected the name of a file to write")
+    target = file_to_write(path)
     records: list[PlanRecord] = []
     parts: list[Part] = []
     left_out: list[tuple[str, str]] = []
@@ -202,7 +197,7 @@ def _plan_file(records: Sequence[PlanRecord], parts: Sequence[Part]) -> PlanFile
         schema=FILE_SCHEMA,
         plans=tuple(records),
         version=__version__,
-        created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        created=utc_now(),
         environments=tuple(EnvironmentCount(environment, count) for environment, count in counts.items()),
         serialized=tuple(parts),
         content_sha256=content_digest(map(msgspec.json.encode, (*records, *parts))),
@@ -223,7 +218,7 @@ def content_digest(items: Iterable[bytes | msgspec.Raw]) -> str:
     for item in items:
         try:
             piece = msgspec.json.encode(msgspec.json.decode(item), order="deterministic")
-        except (msgspec.DecodeError, RecursionError, UnicodeDecodeError):  # no plan, and refused as such later
+        except UNREADABLE:  # no plan, and refused as such later
             piece = bytes(item)
         digest.update(len(piece).to_bytes(8, "big") + piece)
     return digest.hexdigest()
@@ -305,11 +300,11 @@ def _read_parts(
     refused: list[tuple[str, str]] = []
     for index, raw in enumerate(envelope.serialized):
         name = f"serialized[{index}]"
-        try:
-            part = msgspec.structs.replace(msgspec.json.decode(raw, type=Part), provenance=provenance)
-        except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as exc:
-            refused.append((name, showable(str(exc))))
+        part, trouble = decode_item(raw, Part)
+        if part is None:
+            refused.append((name, trouble))
             continue
+        part = msgspec.structs.replace(part, provenance=provenance)
         record = chosen.get(part.key)
         beside = parts.setdefault(part.key, []) if record is not None else []
         if record is None:
@@ -410,35 +405,10 @@ def _without_descriptions(value: Any) -> Any:
     return [_without_descriptions(item) for item in value] if isinstance(value, list) else value
 
 
-@contextlib.contextmanager
-def opened_store(store: AnyStore | None) -> Iterator[PlanStore]:
-    """The store to work on; closed again if it was opened here."""
-    if isinstance(store, PlanStore):
-        yield store
-        return
-    with PlanStore.default() if store is None else PlanStore(store) as opened:
-        yield opened
-
-
 def _read_envelope(path: Path) -> _Envelope:
-    content = read_bounded(path, MAX_FILE_BYTES)
-    try:
-        head = msgspec.json.decode(content, type=_Head)
-        if head.format != FORMAT:
-            raise StoreMismatch(path=str(path), found=repr(head.format), expected=f"{FORMAT!r} {FILE_SCHEMA}")
-        if head.schema not in (FILE_SCHEMA, *OLDER_SCHEMAS):
-            raise StoreMismatch(path=str(path), found=str(head.schema), expected=str(FILE_SCHEMA))
-        envelope = msgspec.json.decode(content, type=_Envelope)
-        digest = envelope.content_sha256 and content_digest((*envelope.plans, *envelope.serialized))
-    except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as exc:
-        raise PlanFileError(
-            path=str(path), reason=showable(f"is not a file of plans: {exc}; nothing was imported")
-        ) from exc
-    if len(envelope.plans) > MAX_PLANS:
-        raise PlanFileError(
-            path=str(path),
-            reason=f"holds {len(envelope.plans)} plans, expected at most {MAX_PLANS}; nothing was imported",
-        )
+    form = FileFormat(FORMAT, "file of plans", (FILE_SCHEMA, *OLDER_SCHEMAS), "plans", MAX_PLANS, MAX_FILE_BYTES)
+    envelope = read_envelope(path, _Envelope, form)
+    digest = envelope.content_sha256 and content_digest((*envelope.plans, *envelope.serialized))
     if digest != envelope.content_sha256:
         raise PlanFileError(
             path=str(path),
@@ -448,47 +418,12 @@ def _read_envelope(path: Path) -> _Envelope:
     return envelope
 
 
-def read_bounded(path: Path, limit: int = MAX_FILE_BYTES) -> bytes:
-    """A file's content.
-
-    Raises:
-        PlanFileError: it is larger than `limit` bytes. StoreError: it cannot be read.
-    """
-    try:
-        with path.open("rb") as file:
-            content = file.read(limit + 1)
-    except OSError as exc:
-        raise StoreError(path=str(path), reason=f"cannot be read: {exc.strerror or exc}") from exc
-    if len(content) > limit:
-        raise PlanFileError(
-            path=str(path), reason=f"is larger than {limit} bytes, the most that is read; nothing was imported"
-        )
-    return content
-
-
 def _read_record(raw: msgspec.Raw, index: int, known: tuple[str, ...]) -> tuple[str, PlanRecord | None, str]:
     """One plan of a file: its key and record, or its position, None and the reason of the refusal."""
     position = f"plans[{index}]"
-    try:
-        record = msgspec.json.decode(raw, type=PlanRecord)
-    except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as exc:
-        return position, None, showable(str(exc))
+    record, reason = decode_item(raw, PlanRecord)
+    if record is None:
+        return position, None, reason
     if trouble := usable_trouble(record, known):
         return f"{position} {record.key}", None, trouble
     return record.key, record, ""
-
-
-def write_whole(target: Path, content: bytes) -> None:
-    """Write beside the target and rename, so that nobody ever sees half a file."""
-    beside = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
-    try:
-        try:
-            with beside.open("xb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            beside.replace(target)
-        finally:
-            beside.unlink(missing_ok=True)
-    except OSError as exc:
-        raise StoreError(path=str(target), reason=f"cannot be written: {exc.strerror or exc}") from exc

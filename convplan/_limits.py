@@ -9,7 +9,7 @@ theoretical: no kernel sustains them. A CPU's are measured, in milliseconds and 
 a copy of as many bytes as the problem moves. Nothing here is called when a plan is only looked up.
 
 Deliberately elsewhere: what the limit looks like in a text (`report`), and what planning leaves unrun because of a rate
-(`_planner`). Torch is loaded only to measure or to ask.
+(`_proof`). Torch is loaded only to measure or to ask.
 """
 
 from __future__ import annotations

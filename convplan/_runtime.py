@@ -26,15 +26,17 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import msgspec
 
 from convplan import _environment
+from convplan._build import COMPILED
 from convplan._errors import CaptureMiss, ConvPlanError, ConvPlanWarning, ExecutionFailed, NoPlan, ReplayMiss, TooLarge
 from convplan._learned import learned_from, verdict
 from convplan._lru import LeastRecentlyUsed
 from convplan._measure import first_line
 from convplan._nearest import Relatives, is_near
 from convplan._plan import Evidence, Plan, PlanRecord
-from convplan._planner import COMPILED, RELATIVE, find_plans, plan_like
+from convplan._planner import find_plans
 from convplan._policy import EFFORTS, Effort, Policy
 from convplan._problem import Problem
+from convplan._relatives import RELATIVE, plan_like
 from convplan.engines import registry
 from convplan.engines.base import LAST_RESORT, Restoring
 

@@ -21,6 +21,7 @@ from convplan._measure import CUTOFF, first_line
 from convplan._plan import Evidence, Plan
 from convplan._policy import Policy
 from convplan._problem import Problem
+from convplan._proof import verify_plan
 from convplan._torch_state import torch_state
 from convplan._walk import Walk
 from convplan._worker_link import Lost, NoWorker, WorkerLink
@@ -318,8 +319,6 @@ class _Search:
         return []
 
     def _trouble_here(self, evidence: Evidence) -> tuple[str, str]:
-        from convplan._planner import verify_plan
-
         stage = "build"
         try:
             built = self._engines[evidence.config.engine].build(self._problem, evidence.config, self._policy)

@@ -22,22 +22,15 @@ import msgspec
 import torch
 
 from convplan import _environment
+from convplan._build import build_one
+from convplan._candidates import Live, failure_reason
 from convplan._child import connection_to_parent, end_with_parent
+from convplan._contest import InTurns, inputs_in_turns, rank
 from convplan._errors import PolicyError, WrongResult
 from convplan._guards import LEAK_RUNS, Bench, Fingerprints, leak
 from convplan._measure import CUTOFF, Contestant, Measurement, Timer, _HostTimer, first_line, race
 from convplan._plan import Evidence
-from convplan._planner import (
-    FIRST_RUN_CUTOFF,
-    FIRST_RUN_GRACE_US,
-    INEXACT,
-    _build,
-    _InTurns,
-    _Live,
-    _reason,
-    _turns,
-    rank,
-)
+from convplan._proof import FIRST_RUN_CUTOFF, FIRST_RUN_GRACE_US, INEXACT
 from convplan._torch_state import adopt_torch_state
 from convplan._verify import Verifier
 from convplan._worker_messages import (
@@ -188,21 +181,21 @@ class _Worker:
         self._limit_bytes = setup.workspace_limit_bytes
         self._connection = connection
         self._device = torch.device(setup.problem.device)
-        self._built: dict[EngineConfig, _Live] = {}
+        self._built: dict[EngineConfig, Live] = {}
         self._warm: set[str] = set()  # engines that have run here
         with torch.no_grad():
             self._verifier = Verifier(self._problem, self._device, tf32=bool(self._policy.allow_tf32))
             # Guarded copies to run on; the reference keeps reading its own.
             self._bench = Bench(self._problem, self._verifier.random, self._device)
             self._verifier.random = self._bench.inputs
-            self._turns = _turns(self._verifier, self._policy)
+            self._turns = inputs_in_turns(self._verifier, self._policy)
         self._synchronize()
 
     # --- one candidate ------------------------------------------------------------------------------------------------
 
     def tried(self, request: Try) -> Tried:
         """Build, verify, time."""
-        item = _Live(request.candidate, registry.get(request.candidate.config.engine))
+        item = Live(request.candidate, registry.get(request.candidate.config.engine))
         unfit = self._build(item)
         if unfit:
             return unfit
@@ -218,14 +211,14 @@ class _Worker:
         except _Unfit as exc:
             return Tried(item.evidence("crash", str(exc)), unfit=str(exc))
         except Exception as exc:  # an engine's failure costs its candidate, never the search
-            stage, reason = "verify" if isinstance(exc, WrongResult) else "run", _reason(exc)
+            stage, reason = "verify" if isinstance(exc, WrongResult) else "run", failure_reason(exc)
         return self._judged(item, stage, reason, measured, fingerprints)
 
-    def _build(self, item: _Live) -> Tried | None:
+    def _build(self, item: Live) -> Tried | None:
         """Why there is nothing to try, None where there is."""
         self._say("building", self._policy.build_limit_s)
         begin = time.perf_counter()
-        reason = _build(item, self._problem, self._policy, self._limit_bytes)
+        reason = build_one(item, self._problem, self._policy, self._limit_bytes)
         took_s = time.perf_counter() - begin
         if not reason and took_s > self._policy.build_limit_s:
             reason = f"building took {took_s:.3g} s, longer than build_limit_s = {self._policy.build_limit_s:g}"
@@ -235,7 +228,7 @@ class _Worker:
         return Tried(item.evidence("build", reason)) if reason else None
 
     def _judged(
-        self, item: _Live, stage: str, reason: str, measured: Measurement | None, fingerprints: Fingerprints
+        self, item: Live, stage: str, reason: str, measured: Measurement | None, fingerprints: Fingerprints
     ) -> Tried:
         """What came out, unless something worse is seen now: a lost GPU, or memory that was written to."""
         lost = self._lost()
@@ -255,10 +248,9 @@ class _Worker:
         self._keep(item)
         return Tried(item.evidence(measured=measured), first_us=item.first_us)
 
-    def _prove(self, item: _Live, best_us: float) -> None:
+    def _prove(self, item: Live, best_us: float) -> None:
         """One run into guarded memory, one into memory of the engine's, one on integers; each timed and compared."""
-        assert item.built is not None
-        run, config, notes = item.built.run, item.candidate.config, item.candidate.notes
+        run, config, notes = item.ready.run, item.candidate.config, item.candidate.notes
         place = self._bench.fresh_output()
         first_us = self._launch(item, lambda: run(*self._bench.inputs, place))
         # At once, while what is behind the output is still there to be compared with.
@@ -288,17 +280,16 @@ class _Worker:
         if item.first_us > CUTOFF * best_us:
             raise _Refused("measure", f"cut off: {item.first_us:.1f} us, {item.first_us / best_us:.1f} x the best")
 
-    def _on_inputs_again(self, item: _Live) -> None:
+    def _on_inputs_again(self, item: Live) -> None:
         item.first_us = min(item.first_us, self._launch(item, self._call(item)))
 
-    def _on_integers(self, item: _Live, *arguments: Any) -> torch.Tensor:
-        assert item.built is not None
-        run, outs = item.built.run, list[torch.Tensor]()
+    def _on_integers(self, item: Live, *arguments: Any) -> torch.Tensor:
+        run, outs = item.ready.run, list[torch.Tensor]()
         item.first_us = min(item.first_us, self._launch(item, lambda: outs.append(run(*arguments))))
         self._say("checking", CHECK_LIMIT_S)
         return outs.pop()
 
-    def _sample(self, item: _Live) -> Measurement:
+    def _sample(self, item: Live) -> Measurement:
         """A first time, good enough to say which ones to look at again; and whether it keeps memory."""
         call = self._call(item)
         runs = int(min(LEAK_RUNS, max(LEAK_LOOK_US // max(item.first_us, 1.0), 1)))
@@ -316,7 +307,7 @@ class _Worker:
             raise _Refused("measure", rejected[0].reason)
         return measured[0]
 
-    def _launch(self, item: _Live, call: Callable[[], object]) -> float:
+    def _launch(self, item: Live, call: Callable[[], object]) -> float:
         """Microseconds of one run that is waited for, the device's own where it is a GPU."""
         limit_s = self._policy.run_limit_s
         self._say("running", limit_s)
@@ -333,11 +324,10 @@ class _Worker:
             raise _Refused("measure", f"one run took {took_us / 1e6:.3g} s, longer than run_limit_s = {limit_s:g}")
         return took_us
 
-    def _call(self, item: _Live) -> Callable[[], object]:
-        assert item.built is not None
-        return _InTurns(item.built.run, self._turns)
+    def _call(self, item: Live) -> Callable[[], object]:
+        return InTurns(item.ready.run, self._turns)
 
-    def _keep(self, item: _Live) -> None:
+    def _keep(self, item: Live) -> None:
         self._built[item.candidate.config] = item
         if len(self._built) > KEPT:
             del self._built[max(self._built, key=lambda config: self._built[config].first_us)]
@@ -362,10 +352,10 @@ class _Worker:
         ranking = rank([(by_config[one.config], one) for one in measured], live)
         return Raced(tuple(ranking), (*rejected, *slower))
 
-    def _ready(self, racer: Racer, rejected: list[Evidence]) -> _Live | None:
+    def _ready(self, racer: Racer, rejected: list[Evidence]) -> Live | None:
         """A racer that is built; None where it does not build any more."""
         config = racer.candidate.config
-        item = self._built.get(config) or _Live(racer.candidate, registry.get(config.engine))
+        item = self._built.get(config) or Live(racer.candidate, registry.get(config.engine))
         item.first_us, item.error, item.verified = racer.first_us, racer.error, racer.verified
         if item.built is None:
             failed = self._build(item)
@@ -377,7 +367,7 @@ class _Worker:
         return item
 
     def _race(
-        self, items: dict[Callable[[], object], _Live], budget_s: float
+        self, items: dict[Callable[[], object], Live], budget_s: float
     ) -> tuple[list[Measurement], list[Evidence]]:
         def say(call: Callable[[], object], repeats: int) -> None:
             item = items[call]

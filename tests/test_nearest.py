@@ -31,7 +31,8 @@ from convplan._nearest import (
     likely,
 )
 from convplan._plan import PlanRecord
-from convplan._planner import RELATIVE, find_plans, plan_like
+from convplan._planner import find_plans
+from convplan._relatives import RELATIVE, plan_like
 from convplan.engines.base import LAST_RESORT, Candidate, EngineConfig, Notes
 from convplan.engines.fake import VirtualClock
 

@@ -38,13 +38,14 @@ from convplan import (
     Problem,
     SpecError,
     _limits,
-    _planner,
+    _proof,
     _verify,
 )
 from convplan._measure import CUTOFF
-from convplan._planner import FIRST_RUN_GRACE_US, plan_problem
+from convplan._planner import plan_problem
 from convplan._policy import EFFORTS
 from convplan._problem import OPS
+from convplan._proof import FIRST_RUN_GRACE_US
 from convplan.engines.base import Candidate
 from convplan.engines.fake import FakeCandidate, FakeEngine, VirtualClock
 
@@ -895,13 +896,13 @@ def test_explaining_shows_every_candidate(engine: Script, planned: Planned) -> N
 
 def test_the_peak_rate_is_one_that_no_engine_reaches() -> None:
     """A bound that is too low would cut off the best candidate unrun."""
-    rate = _planner._peak_flops_per_us("float32", "cpu", torch.get_num_threads())
+    rate = _proof._peak_flops_per_us("float32", "cpu", torch.get_num_threads())
     matrix = torch.ones(512, 512)
     begin, runs = _now(), 5
     for _ in range(runs):
         matrix @ matrix
     assert runs * 2 * 512**3 / (_now() - begin) < rate
-    assert _planner._peak_flops_per_us("float32", "cuda", 1) == float("inf")
+    assert _proof._peak_flops_per_us("float32", "cuda", 1) == float("inf")
 
 
 def _now() -> float:
@@ -937,7 +938,7 @@ def test_a_gpu_candidate_is_left_unrun_by_what_no_hardware_can_do(
     monkeypatch.setattr(_limits, "_current_gpu", lambda: gpu)
     problem = Problem.dense("fprop", (8, 64, 28, 28), (64, 64, 3, 3), dtype="float16", device="cuda")
     candidate = Candidate(EngineConfig("some"), **changes)  # type: ignore[arg-type]
-    assert _planner._least_us(candidate, problem) == pytest.approx(expected_us, rel=0.01)
+    assert _proof._least_us(candidate, problem) == pytest.approx(expected_us, rel=0.01)
 
 
 def test_a_problem_that_memory_does_not_hold_twice_is_not_measured() -> None:
@@ -962,7 +963,7 @@ def test_out_of_memory_while_tensors_are_made_is_told_as_that(monkeypatch: pytes
 def test_a_program_runs_untuned_what_cannot_be_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     x, w = torch.randn(2, 3, 70, 60), torch.randn(4, 3, 3, 2)
     policy = Policy(tune_after=1, workspace_limit_bytes=2**20)
-    monkeypatch.setattr(_planner, "_free_bytes", lambda device: 2**10)
+    monkeypatch.setattr(_proof, "available_bytes", lambda device: 2**10)
     with fresh_process():
         with pytest.warns(convplan.ConvPlanWarning, match="too large to be measured"):
             y = convplan.conv2d(x, w, policy=policy)

@@ -17,8 +17,8 @@ from helpers.cases import CASES, DTYPE_PAIRS, NARROW_DTYPES, Case, case, with_op
 
 from convplan import Built, EngineConfig, Notes, Plan, Policy, Problem, TensorSpec, WrongResult, _verify
 from convplan._inputs import Inputs, exact_limit, integer_inputs, random_inputs
-from convplan._planner import verify_plan
 from convplan._problem import DTYPES, FLOAT_DTYPES, INPUT_DTYPES, OPS, Op
+from convplan._proof import verify_plan
 from convplan._verify import Reference, Verifier
 from convplan.engines._support import in_range
 from convplan.engines.aten import AtenEngine

@@ -12,8 +12,10 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import msgspec
 
+from convplan._candidates import Live
 from convplan._errors import EngineUnavailable
-from convplan._planner import MOST_WORKSPACE_BYTES, _Live, filter_candidates
+from convplan._filter import filter_candidates
+from convplan._memory import MOST_WORKSPACE_BYTES
 from convplan._policy import Policy
 from convplan.cli.output import Progress, Result
 from convplan.engines.base import Notes
@@ -85,6 +87,9 @@ def configs(problems: Sequence[NamedProblem], policy: Policy, *, properties: Pat
         policy: its effort chooses the lists that are asked.
         properties: the file that describes the GPU; None: the current GPU of this machine.
 
+    Returns:
+        An answer for each problem; not ok when there are problems and nothing is proposed for any.
+
     Raises:
         EngineUnavailable: no GPU here and none described, or no cuDNN.
         SpecError: the description is malformed, or of another cuDNN version.
@@ -99,7 +104,8 @@ def configs(problems: Sequence[NamedProblem], policy: Policy, *, properties: Pat
             answers.append(_ask(gpu, named, policy))
             blocks += [_text(named, answers[-1]), ""]
             progress.step(done, len(problems), named.name)
-    return Result("\n".join([*blocks, _summary(gpu, answers)]), answers)
+    listed = not answers or any(answer.configs for answer in answers)
+    return Result("\n".join([*blocks, _summary(gpu, answers)]), answers, ok=listed)
 
 
 def _described(properties: Path) -> _Gpu:
@@ -155,7 +161,7 @@ def _dropped(
     engine: CudnnEngine, problem: Problem, candidates: Sequence[Candidate], policy: Policy
 ) -> dict[EngineConfig, str]:
     """The planner's reason for each configuration that its filter drops."""
-    _, rejected = filter_candidates([_Live(candidate, engine) for candidate in candidates], problem, policy)
+    _, rejected = filter_candidates([Live(candidate, engine) for candidate in candidates], problem, policy)
     return {evidence.config: evidence.reason for evidence in rejected}
 
 

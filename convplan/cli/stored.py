@@ -195,7 +195,7 @@ def verify(*, key_prefix: str, engine: str | None, every_rank: bool) -> Result:
 
 
 def _verify(record: PlanRecord, rank: int) -> Verified:
-    from convplan._planner import verify_plan
+    from convplan._proof import verify_plan
 
     evidence = record.ranking[rank]
     error: float | None = None

@@ -13,7 +13,8 @@ import msgspec
 import pytest
 import torch
 
-from convplan._planner import _Live, filter_candidates
+from convplan._candidates import Live
+from convplan._filter import filter_candidates
 from convplan._policy import Policy
 from convplan._problem import Problem
 from convplan._problem_files import parse_problems
@@ -197,7 +198,7 @@ def test_the_table_says_the_same(configs: Callable[..., Ran]) -> None:
 
 def test_a_name_cannot_move_the_cursor(configs: Callable[..., Ran]) -> None:
     ran = configs({"name": "a\x1b[2Jb\nc", "n": 0}, options=())
-    assert ran.code == 0
+    assert ran.code == 1
     assert "\x1b" not in ran.out
     assert len(ran.out.splitlines()) == 4
 
@@ -291,7 +292,7 @@ def test_the_filter_is_the_planners(configs: Callable[..., Ran], options: tuple[
     change = {"op": "wgrad", "dtype": "float32"}
     problem = on_gpu(change)
     engine = CudnnEngine(Target.absent(Device.from_properties(H200)))
-    live = [_Live(candidate, engine) for candidate in engine.configs(problem, "measure")]
+    live = [Live(candidate, engine) for candidate in engine.configs(problem, "measure")]
     kept, rejected = filter_candidates(live, problem, policy.replace(allow_tf32=False))
     assert kept
     assert rejected
@@ -329,6 +330,29 @@ def test_a_problem_without_configurations_has_a_reason_and_stops_no_other(
     assert odd["reason"].startswith(reason)
     assert len(layer["configs"]) > 5
     assert layer["reason"] == ""
+
+
+def test_without_a_configuration_for_any_problem_the_answer_is_no_with_each_reason(configs: Callable[..., Ran]) -> None:
+    changes = {"name": "empty", "n": 0}, {"name": "odd", "op": "dgrad", "dtype": "int8"}
+    reasons = ["the problem is empty", "cuDNN proposes no configuration"]
+    ran = configs(*changes)
+    assert ran.code == 1
+    assert [one["name"] for one in ran.json] == ["empty", "odd"]
+    assert [one["configs"] for one in ran.json] == [[], []]
+    assert [one["reason"] for one in ran.json] == reasons
+    text = configs(*changes, options=())
+    assert text.code == 1
+    assert [line for line in text.out.splitlines() if line.startswith("none: ")] == [f"none: {one}" for one in reasons]
+    assert "2 problems: 0 configurations, 0 of them refused; 2 problems without any" in text.out
+
+
+def test_configurations_that_are_all_refused_are_configurations(configs: Callable[..., Ran]) -> None:
+    """What could not run is listed with the reason: that is what the command was asked."""
+    change = {"dtype": "float8_e4m3fn", "layout": "contiguous"}  # all that cuDNN has for it needs workspace
+    ran = configs(change, options=("--json", "--workspace-limit", "0"))
+    assert ran.code == 0
+    assert ran.json[0]["configs"]
+    assert all(one["refused"] for one in ran.json[0]["configs"])
 
 
 # ---- Errors

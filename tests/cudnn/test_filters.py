@@ -21,14 +21,11 @@ from helpers.plans import HERE
 
 import convplan
 from convplan import ErrataError, Evidence, NoPlan, Notes, PlanRecord, Policy, Problem
-from convplan._planner import (
-    _cache_emptied,
-    _fit_workspace,
-    build_candidates,
-    enumerate_candidates,
-    filter_candidates,
-    plan_problem,
-)
+from convplan._build import build_candidates
+from convplan._candidates import enumerate_candidates
+from convplan._filter import filter_candidates
+from convplan._memory import cache_emptied, fit_workspace
+from convplan._planner import plan_problem
 from convplan._policy import Effort
 from convplan.engines.base import Candidate
 from convplan.engines.cudnn.configs import heuristic_configurations
@@ -323,7 +320,7 @@ def test_the_largest_workspace_is_tried_first_and_halved_until_it_fits(
     largest = max(size(item) for item in live)
     assert largest > 4 * 2**20
     asked = allocator(largest // part)
-    dropped = _fit_workspace(live, torch.device("cuda"))
+    dropped = fit_workspace(live, torch.device("cuda"))
     assert asked == [largest >> turn for turn in range(len(asked))]
     got = asked[-1] if asked[-1] <= largest // part else 0
     assert [one.config for one in dropped] == [item.candidate.config for item in live if size(item) > got]
@@ -339,7 +336,7 @@ def test_more_than_a_tebibyte_is_out_of_memory_without_trying(allocator: Callabl
     huge = msgspec.structs.replace(live[0].built, workspace_bytes=2**40 + 1)
     live[0].built = huge
     asked = allocator(2**60)
-    assert [one.config for one in _fit_workspace(live, torch.device("cuda"))] == [live[0].candidate.config]
+    assert [one.config for one in fit_workspace(live, torch.device("cuda"))] == [live[0].candidate.config]
     assert asked == [2**40]
 
 
@@ -362,12 +359,12 @@ def test_torchs_cache_is_emptied_around_measuring_where_torchs_setting_asks_for_
     done: list[str] = []
     monkeypatch.setattr(torch._C, "_cuda_get_conv_benchmark_empty_cache", lambda: setting, raising=False)
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: done.append("emptied"))
-    with contextlib.suppress(ZeroDivisionError), _cache_emptied(torch.device("cuda")):
+    with contextlib.suppress(ZeroDivisionError), cache_emptied(torch.device("cuda")):
         done.append("measured")
         assert not fails or 1 // 0
     assert done == (["emptied", "measured", "emptied"] if setting else ["measured"])
     done.clear()
-    with _cache_emptied(torch.device("cpu")):
+    with cache_emptied(torch.device("cpu")):
         done.append("measured")
     assert done == ["measured"]
 
