@@ -58,11 +58,22 @@ class Snapshot(NamedTuple):
     errata: list[RawErratum]
 
 
+class Index(NamedTuple):
+    """Which plans a store holds, of all environments, and what tells that nothing was written since."""
+
+    version: object
+    keys: frozenset[str]
+    choices: frozenset[str]
+
+
 class Reader(Protocol):
     """Who answers what is asked of a store while a program runs."""
 
     def snapshot(self, environment: Environment) -> Snapshot:
         """Everything for one environment."""
+
+    def index(self, known: Index | None) -> Index | None:
+        """Which plans there are: `known` itself while that holds; None where only asking for each plan tells."""
 
     def raw_row(self, key: str) -> RawRow | None:
         """One plan's row."""
@@ -102,6 +113,7 @@ class ForgivingStore:
         self._memory: dict[str, _Waiting] = {}  # what the store does not hold
         self._unstorable: dict[str, object] = {}  # keys in there that it refused for good
         self._snapshots: dict[Environment, Snapshot] = {}
+        self._index: Index | None = None
         self._quick: QuickReader | None = None
         self._quick_failed = False
         self._own_errata: dict[str, LearnedErratum] = {}  # that this process learned, in the store or not
@@ -142,9 +154,15 @@ class ForgivingStore:
         try:
             record = self._from_snapshot(key, environment)
             if record is None or not satisfies(record.effort, policy.effort):
-                record = self._checked(self._ask(lambda reader: reader.raw_row(key)))
-            if record is None and kept is None and not environment.is_ahead and "elsewhere" not in self._warned:
-                self._report_elsewhere(choice_key(problem, policy), environment)
+                # Most problems that are met first are in no store: then nothing more is asked.
+                index = self._index = self._ask(lambda reader: reader.index(self._index))
+                if index is None or key in index.keys:
+                    record = self._checked(self._ask(lambda reader: reader.raw_row(key)))
+                elsewhere = record is None and kept is None and not environment.is_ahead
+                if elsewhere and "elsewhere" not in self._warned:
+                    choice = choice_key(problem, policy)
+                    if index is None or choice in index.choices:
+                        self._report_elsewhere(choice, environment)
         except StoreError as exc:
             self._trouble("read", exc)
             return None
@@ -211,6 +229,7 @@ class ForgivingStore:
             self._unstorable.pop(key, None)
         if self._rests("written"):
             return
+        self._index = None
         for waiting, item in list(self._memory.items()):
             if waiting in self._unstorable:
                 continue

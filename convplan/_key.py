@@ -6,6 +6,7 @@ number `KEY_SCHEMA` goes up when the meaning of a part changes; rows with an old
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections.abc import Iterable
 
@@ -40,19 +41,31 @@ def problem_items(problem: Problem) -> tuple[tuple[str, object], ...]:
 
 def plan_key(problem: Problem, policy: Policy, environment: Environment) -> str:
     """The key of a plan for this problem under this resolved policy in this environment."""
-    return _digest((*_choice_items(problem, policy), *_labelled("environment", environment.key_items())))
+    digest = _choice_digest(problem, policy, KEY_SCHEMA).copy()
+    digest.update(_environment_bytes(environment))
+    return digest.hexdigest()[:KEY_LENGTH]
 
 
 def choice_key(problem: Problem, policy: Policy) -> str:
     """The same without the environment: finds the rows that other environments stored for the same question."""
-    return _digest(_choice_items(problem, policy))
+    return _choice_digest(problem, policy, KEY_SCHEMA).hexdigest()[:KEY_LENGTH]
+
+
+# A problem that is met first is looked for under several keys, which all begin with the same parts.
+@functools.lru_cache(maxsize=16)
+def _choice_digest(problem: Problem, policy: Policy, schema: int) -> hashlib._Hash:
+    return hashlib.sha256(_bytes((("schema", schema), *_choice_items(problem, policy))))
+
+
+@functools.lru_cache(maxsize=16)
+def _environment_bytes(environment: Environment) -> bytes:
+    return _bytes(_labelled("environment", environment.key_items()))
 
 
 def _choice_items(problem: Problem, policy: Policy) -> tuple[tuple[str, object], ...]:
     if policy.deterministic is None or policy.allow_tf32 is None:
         raise AssertionError("convplan bug: a key needs a resolved policy (Policy.resolve)")
     return (
-        ("schema", KEY_SCHEMA),
         *_labelled("problem", problem_items(problem)),
         *_labelled("policy", policy.key_items()),
     )
@@ -62,9 +75,6 @@ def _labelled(prefix: str, items: Iterable[tuple[str, object]]) -> Iterable[tupl
     return ((f"{prefix}.{label}", value) for label, value in items)
 
 
-def _digest(items: Iterable[tuple[str, object]]) -> str:
-    digest = hashlib.sha256()
-    for label, value in items:
-        part = f"{label}={value!r}".encode()
-        digest.update(len(part).to_bytes(8, "big") + part)
-    return digest.hexdigest()[:KEY_LENGTH]
+def _bytes(items: Iterable[tuple[str, object]]) -> bytes:
+    parts = (f"{label}={value!r}".encode() for label, value in items)
+    return b"".join(len(part).to_bytes(8, "big") + part for part in parts)

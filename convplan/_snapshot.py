@@ -18,7 +18,7 @@ from pathlib import Path
 
 from convplan._environment import Environment, ahead_of_time
 from convplan._errors import StoreError
-from convplan._forgiving import MOST_BYTES, MOST_ROWS, Odd, Snapshot
+from convplan._forgiving import MOST_BYTES, MOST_ROWS, Index, Odd, Snapshot
 from convplan._learned import MAX_ERRATA, RawErratum
 from convplan._rows import RawRow, environment_text, read_environment
 from convplan._serialized import RawPart
@@ -40,6 +40,7 @@ class QuickReader:
 
     def __init__(self, path: Path, *, shown: str, wait_s: float | None) -> None:
         self._path = path
+        self._log = path.with_name(f"{path.name}-wal")
         self._shown = shown
         self._wait_s = default_wait_s() if wait_s is None else wait_s
         self._lock = threading.RLock()
@@ -61,6 +62,21 @@ class QuickReader:
                 )
                 errata = [RawErratum(*row) for row in found]
             return Snapshot(_bounded(connection, environment_text(environment)), errata)
+
+    def index(self, known: Index | None) -> Index | None:
+        """Which plans there are; None for a store with too many to list."""
+        with self._session() as connection:
+            if connection is None:
+                return Index(None, frozenset(), frozenset())
+            version = self._version()  # first, so that what is written meanwhile is a difference
+            if known is not None and known.version == version:
+                return known
+            found = connection.execute(
+                "SELECT key, choice_key FROM convplan_plans LIMIT ?", (MOST_ROWS + 1,)
+            ).fetchall()
+            if len(found) > MOST_ROWS:
+                return None
+            return Index(version, frozenset(str(row[0]) for row in found), frozenset(str(row[1]) for row in found))
 
     def raw_row(self, key: str) -> RawRow | None:
         """One plan's row."""
@@ -149,8 +165,19 @@ class QuickReader:
         if not unlocked:
             return (file_identity(self._path),)
         found = self._path.stat()
-        log = self._path.with_name(f"{self._path.name}-wal")
-        return (found.st_dev, found.st_ino, found.st_mtime_ns, found.st_size, log.exists())
+        return (found.st_dev, found.st_ino, found.st_mtime_ns, found.st_size, self._log.exists())
+
+    def _version(self) -> tuple[object, ...]:
+        """What changes whenever something is committed: sizes and times of the file and of what is not in it yet."""
+        found: list[object] = []
+        for path in (self._path, self._log):
+            try:
+                one = path.stat()
+            except FileNotFoundError:
+                found.append(None)
+            else:
+                found.append((one.st_dev, one.st_ino, one.st_mtime_ns, one.st_size))
+        return tuple(found)
 
     def _has_parts(self, connection: sqlite3.Connection) -> bool:
         """Whether the tables hold more than plans by now: another process may upgrade them while they are open."""

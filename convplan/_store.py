@@ -25,7 +25,7 @@ import msgspec
 
 from convplan._environment import Environment, ahead_of_time
 from convplan._errors import StoreBusy, StoreError
-from convplan._forgiving import MOST_BYTES, MOST_ROWS, RETRY_AFTER_S, ForgivingStore, Snapshot
+from convplan._forgiving import MOST_BYTES, MOST_ROWS, RETRY_AFTER_S, ForgivingStore, Index, Snapshot
 from convplan._plan import PlanRecord
 from convplan._rows import (
     ROW_SCHEMA,
@@ -229,6 +229,10 @@ class PlanStore(PartsTable, ErrataTable):
                     return Snapshot(None, errata)
                 rows[str(row.key)] = RawRow(*row)
         return Snapshot(rows, errata)
+
+    def index(self, known: Index | None) -> Index | None:
+        """Nothing: what others write to a database is seen by asking it for each plan."""
+        return None
 
     def raw_row(self, key: str) -> RawRow | None:
         """One plan's row as it lies there."""

@@ -411,13 +411,13 @@ parts = st.lists(st.tuples(text, text), max_size=4)
 def test_no_two_lists_of_parts_run_together(one: list[tuple[str, str]], other: list[tuple[str, str]]) -> None:
     # Labels are fixed names without "=", so a part's text says which label and value it has.
     one, other = ([(label.replace("=", "."), value) for label, value in items] for items in (one, other))
-    assert (_key._digest(one) == _key._digest(other)) == (one == other)
+    assert (_key._bytes(one) == _key._bytes(other)) == (one == other)
 
 
 def test_a_part_cannot_pass_for_two() -> None:
-    assert _key._digest([("a", "b"), ("c", "d")]) != _key._digest([("a='b'c", "d")])  # their texts run together
+    assert _key._bytes([("a", "b"), ("c", "d")]) != _key._bytes([("a='b'c", "d")])  # their texts run together
     lists = [[("a", "b"), ("c", "d")], [("a", "b'c='d")], [("a", "b"), ("c", "d"), ("", "")], [("ab", ""), ("c", "d")]]
-    assert len({_key._digest(items) for items in lists}) == len(lists)
+    assert len({_key._bytes(items) for items in lists}) == len(lists)
     environments = [
         Environment("cpu", items) for items in ((("a", "1"), ("b", "2")), (("b", "2"), ("a", "1")), (("a", "12"),))
     ]

@@ -8,6 +8,7 @@ import sqlite3
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
@@ -201,6 +202,30 @@ def test_processes_share_what_they_find_while_they_run(path: Path) -> None:
         forgiving.remember(record(1, median_us=3.0))
         assert lookup(forgiving, 1) == record(1, median_us=3.0)
         forgiving.close()
+
+
+def test_what_the_store_lacks_is_not_asked_for_until_something_was_written(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fill(path)
+    asked: list[str] = []
+    raw_row = QuickReader.raw_row
+
+    def counting(self: QuickReader, key: str) -> Any:
+        asked.append(key)
+        return raw_row(self, key)
+
+    monkeypatch.setattr(QuickReader, "raw_row", counting)
+    forgiving = ForgivingStore(PlanStore(path))
+    assert [lookup(forgiving, 30) for _ in range(3)] == [None] * 3
+    assert asked == []
+    with PlanStore(path) as other:
+        other.put(record(30))
+        assert lookup(forgiving, 30) == record(30)
+        assert asked == [record(30).key]
+        other.delete([record(30).key])
+    assert lookup(forgiving, 30) is None
+    forgiving.close()
 
 
 @pytest.mark.parametrize("most", [_forgiving.MOST_ROWS, 2])

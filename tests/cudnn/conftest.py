@@ -11,9 +11,11 @@ from pathlib import Path
 import pytest
 
 from convplan.engines.cudnn import library as finding
+from convplan.engines.cudnn.configs import forget_choices
 from convplan.engines.cudnn.descriptors import live_descriptors
 from convplan.engines.cudnn.device import Device, load_for_absent_gpu
 from convplan.engines.cudnn.engine import CudnnEngine
+from convplan.engines.cudnn.graph import forget_parts
 from convplan.engines.cudnn.library import Library
 from convplan.engines.cudnn.target import Target
 
@@ -55,8 +57,13 @@ def cudnn(target: Target) -> CudnnEngine:
 @pytest.fixture
 def no_descriptor_left() -> Iterator[None]:
     """Every descriptor that a test made is destroyed after it."""
-    gc.collect()
-    before = live_descriptors()
+
+    def alive() -> int:
+        forget_parts()
+        forget_choices()
+        gc.collect()
+        return live_descriptors()
+
+    before = alive()
     yield
-    gc.collect()
-    assert live_descriptors() == before
+    assert alive() == before

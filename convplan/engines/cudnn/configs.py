@@ -6,6 +6,7 @@ Filtering is the planner's business, except for errata, which need cuDNN's versi
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
@@ -228,6 +229,11 @@ def _configuration(engine: Descriptor, knobs: Mapping[str, int]) -> Descriptor:
     return config.finalize()
 
 
+def forget_choices() -> None:
+    """Let go of the descriptors that configurations share."""
+    _choice.cache_clear()
+
+
 def _engine(graph: Descriptor, target: Target, index: int) -> Descriptor:
     which = Descriptor(graph.library, DescriptorType.ENGINE)
     which.set(Attribute.ENGINE_OPERATION_GRAPH, graph)
@@ -237,6 +243,7 @@ def _engine(graph: Descriptor, target: Target, index: int) -> Descriptor:
     return which.finalize()
 
 
+@functools.lru_cache(maxsize=512)  # few engines with few values each make up most plans
 def _choice(library: Library, name: str, value: int) -> Descriptor:
     choice = Descriptor(library, DescriptorType.KNOB_CHOICE)
     choice.set(Attribute.KNOB_CHOICE_KNOB_TYPE, knob_number(name))

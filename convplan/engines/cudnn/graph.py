@@ -7,6 +7,7 @@ Which configurations exist for a graph is in `configs`; how it runs, in
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -104,23 +105,12 @@ def operation_graph(target: Target, problem: Problem) -> Descriptor:
     """
     library = target.library
     accumulate = DTYPES[problem.dtype].accumulate
-    convolution = Descriptor(library, DescriptorType.CONVOLUTION)
-    convolution.set(Attribute.CONVOLUTION_COMP_TYPE, DATA_TYPES[accumulate])
-    convolution.set(Attribute.CONVOLUTION_CONV_MODE, ConvolutionMode.CROSS_CORRELATION)
-    window = window_of(problem)
-    convolution.set(Attribute.CONVOLUTION_SPATIAL_DIMS, len(window.stride))
-    convolution.set(Attribute.CONVOLUTION_PRE_PADDINGS, window.before)
-    convolution.set(Attribute.CONVOLUTION_POST_PADDINGS, window.after)
-    convolution.set(Attribute.CONVOLUTION_FILTER_STRIDES, window.stride)
-    convolution.set(Attribute.CONVOLUTION_DILATIONS, window.dilation)
-    convolution.finalize()
-
     kind, prefix, roles = _OPERATIONS[problem.op]
     operation = Descriptor(library, kind)
     dense_strides = dense_strides_of(problem)
     for role, letter in zip(roles, "xwy", strict=True):
         operation.set(Attribute[f"{prefix}_{role}"], tensor(library, letter, getattr(problem, letter), dense_strides))
-    operation.set(Attribute[f"{prefix}_CONV_DESC"], convolution)
+    operation.set(Attribute[f"{prefix}_CONV_DESC"], _convolution(library, DATA_TYPES[accumulate], window_of(problem)))
     scaling = AttributeType.DOUBLE if accumulate == "float64" else AttributeType.FLOAT
     operation.set(Attribute[f"{prefix}_ALPHA"], 1.0, as_type=scaling)
     operation.set(Attribute[f"{prefix}_BETA"], 0.0, as_type=scaling)
@@ -134,6 +124,12 @@ def operation_graph(target: Target, problem: Problem) -> Descriptor:
 
 
 Strides = Callable[[Sequence[int]], tuple[int, ...]]
+
+
+def forget_parts() -> None:
+    """Let go of the descriptors that graphs share."""
+    _convolution.cache_clear()
+    tensor.cache_clear()
 
 
 def dense_strides_of(problem: Problem) -> Strides:
@@ -162,6 +158,21 @@ def window_of(problem: Problem) -> Window:
     return Window((0, *before), (0, *after), (1, *problem.stride), (1, *problem.dilation))
 
 
+# Kept, because one network has few of them and asks for them at every size of its images.
+@functools.lru_cache(maxsize=64)
+def _convolution(library: Library, accumulate: DataType, window: Window) -> Descriptor:
+    convolution = Descriptor(library, DescriptorType.CONVOLUTION)
+    convolution.set(Attribute.CONVOLUTION_COMP_TYPE, accumulate)
+    convolution.set(Attribute.CONVOLUTION_CONV_MODE, ConvolutionMode.CROSS_CORRELATION)
+    convolution.set(Attribute.CONVOLUTION_SPATIAL_DIMS, len(window.stride))
+    convolution.set(Attribute.CONVOLUTION_PRE_PADDINGS, window.before)
+    convolution.set(Attribute.CONVOLUTION_POST_PADDINGS, window.after)
+    convolution.set(Attribute.CONVOLUTION_FILTER_STRIDES, window.stride)
+    convolution.set(Attribute.CONVOLUTION_DILATIONS, window.dilation)
+    return convolution.finalize()
+
+
+@functools.lru_cache(maxsize=128)
 def tensor(library: Library, letter: str, spec: TensorSpec, dense_strides: Strides = contiguous_strides) -> Descriptor:
     """One tensor of a graph; `letter` identifies it, `dense_strides` is the layout that it has if its strides allow."""
     dims, strides = tensor_layout(spec, dense_strides)
