@@ -1,0 +1,514 @@
+"""Real distributed jobs for tests: processes that form process groups, run scenarios, and report what they did.
+
+A `Job` starts one process for each rank, which stay alive from scenario to scenario, since importing torch takes longer
+than any of them. The parent hosts the key-value store, as `torchrun` does. For every scenario the ranks form a new
+process group, on gloo with CPU tensors or on NCCL with a GPU each, and a store of plans of their own.
+
+On the CPU plans come from a scripted engine, whose fastest candidate is another one on each rank, and whose own order is
+another one too: ranks that do not agree are bound to choose differently.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import multiprocessing
+import os
+import signal
+import threading
+import time
+import traceback
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from helpers.fresh import fresh_process
+from torch import nn
+
+import convplan
+from convplan import Policy, Problem, _ranks, _runtime
+from convplan._planner import find_plans
+from convplan.engines.base import Built, EngineConfig
+from convplan.engines.fake import FakeCandidate, FakeEngine, VirtualClock
+
+PATIENCE_S = 60.0  # for one scenario, after which a hang is certain
+CANDIDATES = 4
+STEPS = 5
+
+
+class Rank:
+    """One process's view of the job that it is in while a scenario runs.
+
+    Attributes:
+        store: the job's key-value store, for signals among scenarios' ranks.
+        engine: scripted; None on a GPU.
+    """
+
+    def __init__(self, number: int, device: str, store: Any, engine: Scripted | None) -> None:
+        self.number, self.store, self.engine = number, store, engine
+        self.device = torch.device(device, number) if device == "cuda" else torch.device(device)
+
+    def policy(self, **changes: Any) -> Policy:
+        mine = {} if self.engine is None else {"engines": ("mine",)}
+        return Policy(**{**mine, "deterministic": False, "allow_tf32": False, "budget_s": 0.05, **changes})
+
+    def say(self, what: str) -> None:
+        self.store.set(f"said/{what}", "yes")
+
+    def hear(self, what: str) -> None:
+        self.store.wait([f"said/{what}"], timedelta(seconds=PATIENCE_S / 2))
+
+    def tensors(self, size: int = 6) -> tuple[torch.Tensor, torch.Tensor]:
+        generator = torch.Generator().manual_seed(size)
+        x, w = torch.randn(2, 4, size, size, generator=generator), torch.randn(4, 4, 3, 3, generator=generator)
+        return x.to(self.device), w.to(self.device)
+
+    def conv(self, size: int = 6) -> torch.Tensor:
+        return F.conv2d(*self.tensors(size))
+
+
+class Scripted(FakeEngine):
+    """Each rank proposes its candidates in another order, and finds another one fastest."""
+
+    def __init__(self, rank: int, clock: VirtualClock) -> None:
+        times = [90.0] * CANDIDATES
+        times[self.fastest(rank)] = 50.0
+        super().__init__([FakeCandidate(time_us=time_us) for time_us in times], name="mine", clock=clock)
+        self.rank = rank
+        self.when_built: Callable[[Problem], object] = lambda problem: None
+
+    @staticmethod
+    def fastest(rank: int) -> int:
+        return 2 + rank % 2
+
+    def configs(self, problem: Problem, effort: Any) -> Any:
+        listed = list(super().configs(problem, effort))
+        return [*listed[self.rank :], *listed[: self.rank]]
+
+    def build(self, problem: Problem, config: EngineConfig, policy: Policy) -> Built:
+        self.when_built(problem)
+        return super().build(problem, config, policy)
+
+
+def chosen() -> dict[str, list[str]]:
+    """What this process runs each problem by: its configuration, and a digest of the whole record."""
+    kept = _runtime._choices._kept
+    records = [choice.record for choice in (() if kept is None else list(kept.values())) if choice.record is not None]
+    return {
+        str(record.problem): [
+            str(record.config),
+            record.effort,
+            hashlib.sha256(msgspec.json.encode(record)).hexdigest(),
+        ]
+        for record in records
+    }
+
+
+def bits(tensors: Any) -> str:
+    """All bits of some tensors."""
+    found = hashlib.sha256()
+    for tensor in tensors:
+        whole = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+        found.update(whole.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()
+
+
+def small_model() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 8, 3, groups=2), nn.ReLU(), nn.Conv2d(8, 4, 1)
+    )
+
+
+def train(rank: Rank, model: nn.Module, steps: int = STEPS) -> None:
+    """Gradient descent on data that differs from rank to rank."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    generator = torch.Generator().manual_seed(rank.number)
+    for _ in range(steps):
+        images = torch.randn(2, 3, 8, 8, generator=generator).to(rank.device)
+        optimizer.zero_grad()
+        model(images).square().mean().backward()
+        optimizer.step()
+
+
+# ---- scenarios: run by every rank, each returns what is to be compared
+
+
+def ddp(rank: Rank, **changes: Any) -> dict[str, Any]:
+    model = nn.parallel.DistributedDataParallel(
+        small_model().to(rank.device), device_ids=[rank.number] if rank.device.type == "cuda" else None
+    )
+    with convplan.enabled(rank.policy(**changes)):
+        train(rank, model)
+        settle(rank, lambda: train(rank, model, 1))
+    return {"parameters": bits(model.parameters()), "count": len(list(model.parameters()))}
+
+
+def fsdp(rank: Rank, **changes: Any) -> dict[str, Any]:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh(rank.device.type, (dist.get_world_size(),))
+    model = small_model().to(rank.device)
+    for layer in model:
+        if isinstance(layer, nn.Conv2d):
+            fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    with convplan.enabled(rank.policy(**changes)):
+        train(rank, model)
+        settle(rank, lambda: train(rank, model, 1))
+    return {"parameters": bits(model.parameters()), "count": len(list(model.parameters()))}
+
+
+def settle(rank: Rank, again: Callable[[], object]) -> None:
+    """Go on, on all ranks, until all have looked at what the others found: they look more seldom while it is not there."""
+    for _ in range(200):
+        waiting = torch.tensor(float(any(effort == "instant" for _, effort, _ in chosen().values())))
+        waiting = waiting.to(rank.device)
+        dist.all_reduce(waiting)
+        if not waiting:
+            return
+        time.sleep(0.02)
+        again()
+
+
+def straggler(rank: Rank) -> dict[str, Any]:
+    """Rank 1 begins when rank 0 has long finished, and nothing that rank 0 does depends on it."""
+    with convplan.enabled(rank.policy()):
+        if rank.number:
+            rank.hear("finished")
+        before = convplan.stats()["tuned"]
+        for _ in range(1 if rank.number else 4):
+            rank.conv()
+        rank.say("finished")
+    return {"tuned_here": convplan.stats()["tuned"] - before}
+
+
+def busy(rank: Rank) -> dict[str, Any]:
+    """Rank 0 does not come back from tuning before rank 1 has met the same problem many times."""
+    assert rank.engine is not None
+
+    def held_up(problem: Problem) -> None:
+        if convplan.stats()["planned"]:  # by now this is for tuning
+            rank.say("tuning")
+            rank.hear("went on")
+
+    if not rank.number:
+        rank.engine.when_built = held_up
+    ran: list[int] = []
+    with convplan.enabled(rank.policy()):
+        if not rank.number:
+            rank.conv()
+            rank.conv()
+            rank.conv()
+            rank.say("tuned")
+        else:
+            rank.hear("tuning")
+            before = list(rank.engine.runs)
+            for _ in range(20):
+                rank.conv()
+            ran = [new - old for old, new in zip(before, rank.engine.runs, strict=True)]
+            rank.say("went on")
+            rank.hear("tuned")
+            time.sleep(2 * _LONGEST_PAUSE_S)
+            rank.conv()
+    return {"ran": ran}
+
+
+_LONGEST_PAUSE_S = 0.05
+
+
+def shapes(rank: Rank) -> dict[str, Any]:
+    """Each rank meets shapes that no other meets, and one that all do, with a collective after every step."""
+    with convplan.enabled(rank.policy()):
+        for step in range(4):
+            rank.conv(7 + rank.number)
+            rank.conv(20 + 2 * step + rank.number)  # never again
+            if rank.number != step % 2:
+                rank.conv(6)
+            total = torch.ones((), device=rank.device)
+            dist.all_reduce(total)
+        settle(rank, lambda: (rank.conv(6), rank.conv(7 + rank.number)))  # the ones met once stay untuned
+    return {"total": float(total)}
+
+
+def deterministic(rank: Rank) -> dict[str, Any]:
+    """Tuned at first sight, by one; the plan never changes."""
+    seen = []
+    with convplan.enabled(rank.policy(deterministic=True, tune_after=1)):
+        for _ in range(3):
+            for size in (5, 6, 7):
+                seen.append(bits([rank.conv(size)]))
+    return {"results": seen}
+
+
+def never_tuned(rank: Rank, **changes: Any) -> dict[str, Any]:
+    """Untuned plans too are the same: each rank's own order is another one."""
+    with convplan.enabled(rank.policy(**changes)):
+        for _ in range(4):
+            rank.conv(5)
+            rank.conv(6)
+    return {}
+
+
+def own_stores(rank: Rank, **changes: Any) -> dict[str, Any]:
+    """Rank 1 brings a tuned plan along, rank 0 does not; rank 0 comes first, or last."""
+    first = changes.pop("first")
+    if rank.number:
+        convplan.tune(convplan.problem("fprop", *rank.tensors()), policy=rank.policy(ranks="alone"))
+        _runtime.forget()
+        convplan.stats(reset=True)
+    dist.barrier()
+    with convplan.enabled(rank.policy(**changes)):
+        if rank.number != first:
+            rank.hear("begun")
+        rank.conv()
+        rank.say("begun")
+        dist.barrier()
+        for _ in range(3):
+            rank.conv()
+            time.sleep(2 * _LONGEST_PAUSE_S)
+    return {}
+
+
+def tune_together(rank: Rank) -> dict[str, Any]:
+    problems = [convplan.problem("fprop", *rank.tensors(size)) for size in range(5, 11)]
+    records = convplan.tune(problems, policy=rank.policy())
+    return {"in_order": [record.problem for record in records] == problems}
+
+
+def damaged(rank: Rank) -> dict[str, Any]:
+    """Somebody has written nonsense to where the first rows would be."""
+    if not rank.number:
+        known = _ranks.current()
+        assert known is not None
+        policy = rank.policy().resolve()
+        problem = convplan.problem("fprop", *rank.tensors())
+        here = _runtime._environment.current(problem.device)
+        place = _runtime._agreement.agreement(None, problem, policy, here)
+        assert place is not None
+        for kind in ("final", "provisional"):
+            known.publish(place._places(kind)[0], '{"key": "\\u001b[31m", "schema": 2}')
+    dist.barrier()
+    with warnings.catch_warnings(record=True) as caught, convplan.enabled(rank.policy()):
+        warnings.simplefilter("always")
+        for _ in range(4):
+            rank.conv()
+            dist.barrier()
+        settle(rank, rank.conv)
+    return {"warned": [str(one.message) for one in caught if issubclass(one.category, convplan.ConvPlanWarning)]}
+
+
+def forked(rank: Rank) -> dict[str, Any]:
+    """A forked child, as a data loader's worker is, chooses alone: the connections are its parent's."""
+    assert _ranks.current() is not None
+    torch.set_num_threads(1)
+    reader, writer = os.pipe()
+    child = os.fork()
+    if not child:
+        try:
+            board = _ranks.current()
+            with convplan.enabled(rank.policy(tune_after=1)):
+                rank.conv()
+            os.write(writer, f"{board} {convplan.stats()['tuned']}".encode())
+        finally:
+            os._exit(0)
+    os.waitpid(child, 0)
+    said = os.read(reader, 100).decode()
+    with convplan.enabled(rank.policy()):
+        rank.conv()
+    return {"child": said}
+
+
+def killed(rank: Rank) -> dict[str, Any]:
+    """Rank 1 is killed while it tunes two problems, one of them under a policy whose plans never change."""
+    assert rank.engine is not None
+    _ranks.EXPIRY_S, _ranks.BEAT_S = 1.0, 0.1
+    sure = rank.policy(deterministic=True, tune_after=1)
+    if rank.number:
+        both = threading.Barrier(2)
+        in_turn = threading.local()
+
+        def last_words(problem: Problem) -> None:
+            if getattr(in_turn, "tunes", False):
+                both.wait(PATIENCE_S / 2)
+                rank.say("tuning")
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        rank.engine.when_built = last_words
+
+        def work(size: int, policy: Policy) -> None:
+            in_turn.tunes = True
+            convplan.conv2d(*rank.tensors(size), policy=policy)
+
+        threads = [
+            threading.Thread(target=work, args=arguments) for arguments in ((5, sure), (6, rank.policy(tune_after=1)))
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    rank.hear("tuning")
+    untuned = []
+    convplan.conv2d(*rank.tensors(5), policy=sure)
+    until = time.monotonic() + PATIENCE_S / 2
+    while not any(effort == "measure" and "6x6" in text for text, (_, effort, _) in chosen().items()):
+        convplan.conv2d(*rank.tensors(6), policy=rank.policy(tune_after=1))
+        untuned.append(convplan.stats()["tuned"])
+        assert time.monotonic() < until
+        time.sleep(0.02)
+    return {"untuned_calls": len(untuned)}
+
+
+SCENARIOS: dict[str, Callable[..., dict[str, Any]]] = {
+    one.__name__: one
+    for one in (
+        ddp,
+        fsdp,
+        straggler,
+        busy,
+        shapes,
+        deterministic,
+        never_tuned,
+        own_stores,
+        tune_together,
+        damaged,
+        forked,
+        killed,
+    )
+}
+
+
+# ---- the processes
+
+
+def _serve(number: int, count: int, device: str, port: int, pipe: Any) -> None:
+    """A rank's process: run scenarios until told to stop."""
+    torch.set_num_threads(1)
+    if device == "cuda":
+        torch.cuda.set_device(number)
+    warnings.simplefilter("error")
+    warnings.simplefilter("default", convplan.ConvPlanWarning)
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch")
+    server = dist.TCPStore("127.0.0.1", port, None, False, timeout=timedelta(seconds=PATIENCE_S))
+    while (order := pipe.recv()) is not None:
+        name, serial, folder, options = order
+        try:
+            pipe.send(
+                ("done", _run(name, dist.PrefixStore(str(serial), server), number, count, device, folder, options))
+            )
+        except BaseException:
+            pipe.send(("failed", traceback.format_exc()))
+
+
+def _run(
+    name: str, store: Any, number: int, count: int, device: str, folder: str, options: dict[str, Any]
+) -> dict[str, Any]:
+    os.environ["CONVPLAN_STORE"] = str(Path(folder, f"plans-{number}.sqlite"))
+    backend = "nccl" if device == "cuda" else "gloo"
+    dist.init_process_group(
+        backend,
+        store=store,
+        rank=number,
+        world_size=count,
+        timeout=timedelta(seconds=PATIENCE_S),
+        device_id=torch.device("cuda", number) if device == "cuda" else None,
+    )
+    try:
+        with fresh_process(), _scripted(number, device) as engine:
+            found = SCENARIOS[name](Rank(number, device, store, engine), **options)
+            board = _ranks.current()
+            return {
+                **found,
+                "stats": convplan.stats(),
+                "chosen": chosen(),
+                "board": board is not None,
+                "builds": None if engine is None else engine.builds,
+            }
+    finally:
+        dist.destroy_process_group()
+
+
+@contextmanager
+def _scripted(number: int, device: str) -> Iterator[Scripted | None]:
+    """On the CPU: the scripted engine, and planning on its clock."""
+    if device == "cuda":
+        yield None
+        return
+    clock = VirtualClock()
+    engine = Scripted(number, clock)
+    convplan.register_engine(engine)
+    _runtime.find_plans = functools.partial(find_plans, clock=clock)
+    try:
+        yield engine
+    finally:
+        _runtime.find_plans = find_plans
+
+
+class Job:
+    """Processes of one job, and the key-value store among them.
+
+    Args:
+        device: `cpu` or `cuda`.
+        folder: for their stores of plans.
+        count: of ranks.
+    """
+
+    def __init__(self, device: str, folder: Path, count: int = 2) -> None:
+        self._server = dist.TCPStore(
+            "127.0.0.1", 0, None, True, timeout=timedelta(seconds=PATIENCE_S), wait_for_workers=False
+        )
+        self._folder = folder
+        self._serial = 0
+        context = multiprocessing.get_context("spawn")
+        self.pipes, self.processes = [], []
+        for number in range(count):
+            mine, theirs = context.Pipe()
+            process = context.Process(
+                target=_serve, args=(number, count, device, self._server.port, theirs), daemon=True
+            )
+            process.start()
+            theirs.close()
+            self.pipes.append(mine)
+            self.processes.append(process)
+
+    def __enter__(self) -> Job:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for pipe, process in zip(self.pipes, self.processes, strict=True):
+            if process.is_alive():
+                pipe.send(None)
+            process.join(10)
+            if process.is_alive():
+                process.kill()
+                process.join()
+
+    def run(self, name: str, *, only: tuple[int, ...] | None = None, **options: Any) -> list[dict[str, Any]]:
+        """Run a scenario on every rank and return what each reports; those not in `only` are not waited for.
+
+        Raises:
+            AssertionError: a rank failed, or has not ended after `PATIENCE_S`.
+        """
+        self._serial += 1
+        folder = self._folder / str(self._serial)
+        folder.mkdir()
+        for pipe in self.pipes:
+            pipe.send((name, self._serial, str(folder), options))
+        until = time.monotonic() + PATIENCE_S
+        answers: list[Any] = []
+        for number, pipe in enumerate(self.pipes):
+            if only is not None and number not in only:
+                continue
+            assert pipe.poll(max(0.0, until - time.monotonic())), f"rank {number} hangs in {name}"
+            answers.append(pipe.recv())
+        failures = [text for kind, text in answers if kind == "failed"]
+        assert not failures, "\n".join(failures)
+        return [found for _, found in answers]
