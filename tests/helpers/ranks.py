@@ -4,8 +4,8 @@ A `Job` starts one process for each rank, which stay alive from scenario to scen
 than any of them. The parent hosts the key-value store, as `torchrun` does. For every scenario the ranks form a new
 process group, on gloo with CPU tensors or on NCCL with a GPU each, and a store of plans of their own.
 
-On the CPU plans come from a scripted engine, whose fastest candidate is another one on each rank, and whose own order is
-another one too: ranks that do not agree are bound to choose differently.
+On the CPU plans come from a scripted engine, whose fastest candidate is another one on each rank, and whose own order
+is another one too: ranks that do not agree are bound to choose differently.
 """
 
 from __future__ import annotations
@@ -29,14 +29,13 @@ import msgspec
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from helpers.fresh import fresh_process
 from torch import nn
 
 import convplan
 from convplan import Policy, Problem, _ranks, _runtime
 from convplan._planner import find_plans
-from convplan.engines.base import Built, EngineConfig
 from convplan.engines.fake import FakeCandidate, FakeEngine, VirtualClock
+from helpers.fresh import fresh_process
 
 PATIENCE_S = 60.0  # for one scenario, after which a hang is certain
 CANDIDATES = 4
@@ -49,10 +48,13 @@ class Rank:
     Attributes:
         store: the job's key-value store, for signals among scenarios' ranks.
         engine: scripted; None on a GPU.
+        before_planning: called with each problem that is about to be planned, and the effort.
     """
 
-    def __init__(self, number: int, device: str, store: Any, engine: Scripted | None) -> None:
-        self.number, self.store, self.engine = number, store, engine
+    def __init__(self, number: int, device: str, store: Any) -> None:
+        self.number, self.store = number, store
+        self.engine: Scripted | None = None
+        self.before_planning: Callable[[Problem, str], object] = lambda problem, effort: None
         self.device = torch.device(device, number) if device == "cuda" else torch.device(device)
 
     def policy(self, **changes: Any) -> Policy:
@@ -64,6 +66,12 @@ class Rank:
 
     def hear(self, what: str) -> None:
         self.store.wait([f"said/{what}"], timedelta(seconds=PATIENCE_S / 2))
+
+    def meet(self) -> float:
+        """A collective of all ranks."""
+        total = torch.ones((), device=self.device)
+        dist.all_reduce(total)
+        return float(total)
 
     def tensors(self, size: int = 6) -> tuple[torch.Tensor, torch.Tensor]:
         generator = torch.Generator().manual_seed(size)
@@ -82,7 +90,6 @@ class Scripted(FakeEngine):
         times[self.fastest(rank)] = 50.0
         super().__init__([FakeCandidate(time_us=time_us) for time_us in times], name="mine", clock=clock)
         self.rank = rank
-        self.when_built: Callable[[Problem], object] = lambda problem: None
 
     @staticmethod
     def fastest(rank: int) -> int:
@@ -91,10 +98,6 @@ class Scripted(FakeEngine):
     def configs(self, problem: Problem, effort: Any) -> Any:
         listed = list(super().configs(problem, effort))
         return [*listed[self.rank :], *listed[: self.rank]]
-
-    def build(self, problem: Problem, config: EngineConfig, policy: Policy) -> Built:
-        self.when_built(problem)
-        return super().build(problem, config, policy)
 
 
 def chosen() -> dict[str, list[str]]:
@@ -167,11 +170,15 @@ def fsdp(rank: Rank, **changes: Any) -> dict[str, Any]:
     return {"parameters": bits(model.parameters()), "count": len(list(model.parameters()))}
 
 
-def settle(rank: Rank, again: Callable[[], object]) -> None:
-    """Go on, on all ranks, until all have looked at what the others found: they look more seldom while it is not there."""
+def settle(rank: Rank, again: Callable[[], object], only: str = "") -> None:
+    """Go on, on all ranks, until no problem runs untuned on any: they look for what others found now and then.
+
+    Args:
+        only: problems whose text has this in it.
+    """
     for _ in range(200):
-        waiting = torch.tensor(float(any(effort == "instant" for _, effort, _ in chosen().values())))
-        waiting = waiting.to(rank.device)
+        left = [text for text, (_, effort, _) in chosen().items() if effort == "instant" and only in text]
+        waiting = torch.tensor(float(bool(left))).to(rank.device)
         dist.all_reduce(waiting)
         if not waiting:
             return
@@ -193,36 +200,29 @@ def straggler(rank: Rank) -> dict[str, Any]:
 
 def busy(rank: Rank) -> dict[str, Any]:
     """Rank 0 does not come back from tuning before rank 1 has met the same problem many times."""
-    assert rank.engine is not None
 
-    def held_up(problem: Problem) -> None:
-        if convplan.stats()["planned"]:  # by now this is for tuning
+    def held_up(problem: Problem, effort: str) -> None:
+        if effort != "instant":
             rank.say("tuning")
             rank.hear("went on")
 
-    if not rank.number:
-        rank.engine.when_built = held_up
     ran: list[int] = []
     with convplan.enabled(rank.policy()):
         if not rank.number:
-            rank.conv()
-            rank.conv()
-            rank.conv()
+            rank.before_planning = held_up
+            for _ in range(3):
+                rank.conv()
             rank.say("tuned")
         else:
             rank.hear("tuning")
-            before = list(rank.engine.runs)
+            before = [] if rank.engine is None else list(rank.engine.runs)
             for _ in range(20):
                 rank.conv()
-            ran = [new - old for old, new in zip(before, rank.engine.runs, strict=True)]
+            ran = [] if rank.engine is None else [new - old for old, new in zip(before, rank.engine.runs, strict=True)]
             rank.say("went on")
             rank.hear("tuned")
-            time.sleep(2 * _LONGEST_PAUSE_S)
-            rank.conv()
+        settle(rank, rank.conv)
     return {"ran": ran}
-
-
-_LONGEST_PAUSE_S = 0.05
 
 
 def shapes(rank: Rank) -> dict[str, Any]:
@@ -233,19 +233,18 @@ def shapes(rank: Rank) -> dict[str, Any]:
             rank.conv(20 + 2 * step + rank.number)  # never again
             if rank.number != step % 2:
                 rank.conv(6)
-            total = torch.ones((), device=rank.device)
-            dist.all_reduce(total)
-        settle(rank, lambda: (rank.conv(6), rank.conv(7 + rank.number)))  # the ones met once stay untuned
-    return {"total": float(total)}
+            total = rank.meet()
+        settle(rank, lambda: rank.conv(6), only="x=2x4x6x6")
+        settle(
+            rank, lambda: rank.conv(7 + rank.number), only=f"x=2x4x{7 + rank.number}x"
+        )  # those met once stay untuned
+    return {"total": total}
 
 
 def deterministic(rank: Rank) -> dict[str, Any]:
     """Tuned at first sight, by one; the plan never changes."""
-    seen = []
     with convplan.enabled(rank.policy(deterministic=True, tune_after=1)):
-        for _ in range(3):
-            for size in (5, 6, 7):
-                seen.append(bits([rank.conv(size)]))
+        seen = [bits([rank.conv(size)]) for _ in range(3) for size in (5, 6, 7)]
     return {"results": seen}
 
 
@@ -262,19 +261,19 @@ def own_stores(rank: Rank, **changes: Any) -> dict[str, Any]:
     """Rank 1 brings a tuned plan along, rank 0 does not; rank 0 comes first, or last."""
     first = changes.pop("first")
     if rank.number:
-        convplan.tune(convplan.problem("fprop", *rank.tensors()), policy=rank.policy(ranks="alone"))
+        convplan.tune(convplan.problem("fprop", *rank.tensors()), policy=rank.policy(**{**changes, "ranks": "alone"}))
         _runtime.forget()
         convplan.stats(reset=True)
-    dist.barrier()
+    rank.meet()
     with convplan.enabled(rank.policy(**changes)):
         if rank.number != first:
             rank.hear("begun")
         rank.conv()
         rank.say("begun")
-        dist.barrier()
+        rank.meet()
         for _ in range(3):
             rank.conv()
-            time.sleep(2 * _LONGEST_PAUSE_S)
+            time.sleep(0.1)  # longer than a rank that found nothing at first waits until it looks again
     return {}
 
 
@@ -296,12 +295,12 @@ def damaged(rank: Rank) -> dict[str, Any]:
         assert place is not None
         for kind in ("final", "provisional"):
             known.publish(place._places(kind)[0], '{"key": "\\u001b[31m", "schema": 2}')
-    dist.barrier()
+    rank.meet()
     with warnings.catch_warnings(record=True) as caught, convplan.enabled(rank.policy()):
         warnings.simplefilter("always")
         for _ in range(4):
             rank.conv()
-            dist.barrier()
+            rank.meet()
         settle(rank, rank.conv)
     return {"warned": [str(one.message) for one in caught if issubclass(one.category, convplan.ConvPlanWarning)]}
 
@@ -329,42 +328,56 @@ def forked(rank: Rank) -> dict[str, Any]:
 
 def killed(rank: Rank) -> dict[str, Any]:
     """Rank 1 is killed while it tunes two problems, one of them under a policy whose plans never change."""
-    assert rank.engine is not None
-    _ranks.EXPIRY_S, _ranks.BEAT_S = 1.0, 0.1
-    sure = rank.policy(deterministic=True, tune_after=1)
+    sure, unsure = rank.policy(deterministic=True, tune_after=1), rank.policy(tune_after=1)
     if rank.number:
         both = threading.Barrier(2)
-        in_turn = threading.local()
 
-        def last_words(problem: Problem) -> None:
-            if getattr(in_turn, "tunes", False):
-                both.wait(PATIENCE_S / 2)
-                rank.say("tuning")
-                os.kill(os.getpid(), signal.SIGKILL)
-
-        rank.engine.when_built = last_words
+        def last_words(problem: Problem, effort: str) -> None:
+            both.wait(PATIENCE_S / 2)
+            rank.say("tuning")
+            os.kill(os.getpid(), signal.SIGKILL)
 
         def work(size: int, policy: Policy) -> None:
-            in_turn.tunes = True
+            if rank.device.type == "cuda":
+                torch.cuda.set_device(rank.device)
             convplan.conv2d(*rank.tensors(size), policy=policy)
 
-        threads = [
-            threading.Thread(target=work, args=arguments) for arguments in ((5, sure), (6, rank.policy(tune_after=1)))
-        ]
+        rank.before_planning = last_words
+        threads = [threading.Thread(target=work, args=arguments) for arguments in ((5, sure), (6, unsure))]
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join()
     rank.hear("tuning")
-    untuned = []
-    convplan.conv2d(*rank.tensors(5), policy=sure)
-    until = time.monotonic() + PATIENCE_S / 2
-    while not any(effort == "measure" and "6x6" in text for text, (_, effort, _) in chosen().items()):
-        convplan.conv2d(*rank.tensors(6), policy=rank.policy(tune_after=1))
-        untuned.append(convplan.stats()["tuned"])
-        assert time.monotonic() < until
+    calls = 0
+    until_s = time.monotonic() + PATIENCE_S / 2
+    while not any(effort == "measure" for _, effort, _ in chosen().values()):
+        convplan.conv2d(*rank.tensors(6), policy=unsure)
+        calls += 1
+        assert time.monotonic() < until_s
         time.sleep(0.02)
-    return {"untuned_calls": len(untuned)}
+    convplan.conv2d(*rank.tensors(5), policy=sure)
+    return {"calls": calls}
+
+
+def board_cost(rank: Rank) -> dict[str, Any]:
+    """Microseconds that a question to the board takes, the thread it goes through included."""
+    board = _ranks.current()
+    assert board is not None
+    row = "x" * 10_000
+    questions: dict[str, Callable[[str], object]] = {
+        "read nothing": board.read,
+        "publish 10 kB": lambda name: board.publish(name, row),
+        "read 10 kB": board.read,
+        "claim": board.claim,
+    }
+    taken: dict[str, list[float]] = {what: [] for what in questions}
+    for turn in range(200):
+        for what, ask in questions.items():
+            begin = time.perf_counter()
+            ask(f"{rank.number}/{turn}")
+            taken[what].append(1e6 * (time.perf_counter() - begin))
+    return {"median_us": {what: round(sorted(times)[len(times) // 2], 1) for what, times in taken.items()}}
 
 
 SCENARIOS: dict[str, Callable[..., dict[str, Any]]] = {
@@ -382,6 +395,7 @@ SCENARIOS: dict[str, Callable[..., dict[str, Any]]] = {
         damaged,
         forked,
         killed,
+        board_cost,
     )
 }
 
@@ -419,35 +433,44 @@ def _run(
         rank=number,
         world_size=count,
         timeout=timedelta(seconds=PATIENCE_S),
-        device_id=torch.device("cuda", number) if device == "cuda" else None,
     )
     try:
-        with fresh_process(), _scripted(number, device) as engine:
-            found = SCENARIOS[name](Rank(number, device, store, engine), **options)
-            board = _ranks.current()
-            return {
-                **found,
-                "stats": convplan.stats(),
-                "chosen": chosen(),
-                "board": board is not None,
-                "builds": None if engine is None else engine.builds,
-            }
+        rank = Rank(number, device, store)
+        with fresh_process(), _short_expiry(), _watched(rank):
+            found = SCENARIOS[name](rank, **options)
+            return {**found, "stats": convplan.stats(), "chosen": chosen(), "board": _ranks.current() is not None}
     finally:
         dist.destroy_process_group()
 
 
 @contextmanager
-def _scripted(number: int, device: str) -> Iterator[Scripted | None]:
-    """On the CPU: the scripted engine, and planning on its clock."""
-    if device == "cuda":
-        yield None
-        return
-    clock = VirtualClock()
-    engine = Scripted(number, clock)
-    convplan.register_engine(engine)
-    _runtime.find_plans = functools.partial(find_plans, clock=clock)
+def _short_expiry() -> Iterator[None]:
+    """The dead are missed soon. Ten times the beat, as without this."""
+    before = _ranks.EXPIRY_S, _ranks.BEAT_S
+    _ranks.EXPIRY_S, _ranks.BEAT_S = 2.0, 0.2
     try:
-        yield engine
+        yield
+    finally:
+        _ranks.EXPIRY_S, _ranks.BEAT_S = before
+
+
+@contextmanager
+def _watched(rank: Rank) -> Iterator[None]:
+    """Planning tells the rank before it begins; on the CPU it has the scripted engine, and goes by its clock."""
+    find = find_plans
+    if rank.device.type == "cpu":
+        clock = VirtualClock()
+        rank.engine = Scripted(rank.number, clock)
+        convplan.register_engine(rank.engine)
+        find = functools.partial(find_plans, clock=clock)
+
+    def told(problem: Problem, policy: Policy, environment: Any, *, effort: Any, **rest: Any) -> Any:
+        rank.before_planning(problem, effort)
+        return find(problem, policy, environment, effort=effort, **rest)
+
+    _runtime.find_plans = told
+    try:
+        yield
     finally:
         _runtime.find_plans = find_plans
 
@@ -465,19 +488,28 @@ class Job:
         self._server = dist.TCPStore(
             "127.0.0.1", 0, None, True, timeout=timedelta(seconds=PATIENCE_S), wait_for_workers=False
         )
-        self._folder = folder
+        self._folder, self._device, self._count = folder, device, count
         self._serial = 0
-        context = multiprocessing.get_context("spawn")
-        self.pipes, self.processes = [], []
+        self.pipes: list[Any] = []
+        self.processes: list[Any] = []
         for number in range(count):
-            mine, theirs = context.Pipe()
-            process = context.Process(
-                target=_serve, args=(number, count, device, self._server.port, theirs), daemon=True
-            )
-            process.start()
-            theirs.close()
-            self.pipes.append(mine)
-            self.processes.append(process)
+            self._start(number)
+
+    def _start(self, number: int) -> None:
+        context = multiprocessing.get_context("spawn")
+        mine, theirs = context.Pipe()
+        arguments = (number, self._count, self._device, self._server.port, theirs)
+        process = context.Process(target=_serve, args=arguments, daemon=True)
+        process.start()
+        theirs.close()
+        self.pipes[number : number + 1] = [mine]
+        self.processes[number : number + 1] = [process]
+
+    def renew(self) -> None:
+        """Start those ranks again that have ended."""
+        for number, process in enumerate(self.processes):
+            if not process.is_alive():
+                self._start(number)
 
     def __enter__(self) -> Job:
         return self
@@ -486,6 +518,7 @@ class Job:
         for pipe, process in zip(self.pipes, self.processes, strict=True):
             if process.is_alive():
                 pipe.send(None)
+        for process in self.processes:
             process.join(10)
             if process.is_alive():
                 process.kill()
