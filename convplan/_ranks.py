@@ -297,7 +297,10 @@ def _open(distributed: Any, source: Any) -> Board | None:
 
     def connect() -> KeyValueStore:
         # A connection of its own: torch's may be busy for minutes, waiting for what another rank has yet to write.
-        own = source.clone() if hasattr(source, "clone") else source
+        try:
+            own = source.clone()
+        except (AttributeError, RuntimeError):  # a kind of store that has no such thing
+            own = source
         store: KeyValueStore = distributed.PrefixStore(PREFIX, own)
         return store
 

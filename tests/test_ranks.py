@@ -74,6 +74,15 @@ def test_training_has_one_plan_for_each_problem_tuned_once_and_equal_parameters(
     assert summed(reports, "tuned") == len(problems)
     assert summed(reports, "from_rank") >= len(problems)
     assert reports[0]["parameters"] == reports[1]["parameters"]
+    assert [report["stored"] for report in reports] == [len(problems)] * 2, "each machine has them next time"
+
+
+def test_ranks_that_share_a_store_tune_once_too(job: Job) -> None:
+    reports = job.run("ddp", share_store=True)
+    assert agree(reports)
+    problems = reports[0]["chosen"]
+    assert summed(reports, "tuned") == len(problems)
+    assert [report["stored"] for report in reports] == [len(problems)] * 2
 
 
 def test_ranks_that_do_not_agree_each_tune_and_choose_differently(job: Job) -> None:
@@ -146,6 +155,10 @@ def test_what_one_ranks_store_holds_does_not_break_agreement(job: Job, sure: boo
     (choice,) = reports[0]["chosen"].values()
     tuned_by_then = not sure or first == 1
     assert choice[1] == ("measure" if tuned_by_then else "instant")
+
+
+def test_strict_replay_asks_each_ranks_own_store_first(job: Job) -> None:
+    assert [report["missed"] for report in job.run("strict_replay")] == [True, False]
 
 
 def test_ranks_share_the_work_of_tuning_a_list(job: Job) -> None:

@@ -32,7 +32,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import convplan
-from convplan import Policy, Problem, _ranks, _runtime
+from convplan import Policy, Problem, _environment, _ranks, _runtime
 from convplan._planner import find_plans
 from convplan.engines.fake import FakeCandidate, FakeEngine, VirtualClock
 from helpers.fresh import fresh_process
@@ -277,6 +277,25 @@ def own_stores(rank: Rank, **changes: Any) -> dict[str, Any]:
     return {}
 
 
+def strict_replay(rank: Rank) -> dict[str, Any]:
+    """Rank 1's store holds the plan, rank 0's does not, and comes second."""
+    problem = convplan.problem("fprop", *rank.tensors())
+    if rank.number:
+        convplan.tune(problem, policy=rank.policy(ranks="alone"))
+        _runtime.forget()
+    rank.meet()
+    missed = False
+    with convplan.enabled(rank.policy(mode="replay")):
+        if not rank.number:
+            rank.hear("replayed")
+        try:
+            rank.conv()
+        except convplan.ReplayMiss:
+            missed = True
+        rank.say("replayed")
+    return {"missed": missed}
+
+
 def tune_together(rank: Rank) -> dict[str, Any]:
     problems = [convplan.problem("fprop", *rank.tensors(size)) for size in range(5, 11)]
     records = convplan.tune(problems, policy=rank.policy())
@@ -290,7 +309,7 @@ def damaged(rank: Rank) -> dict[str, Any]:
         assert known is not None
         policy = rank.policy().resolve()
         problem = convplan.problem("fprop", *rank.tensors())
-        here = _runtime._environment.current(problem.device)
+        here = _environment.current(problem.device)
         place = _runtime._agreement.agreement(None, problem, policy, here)
         assert place is not None
         for kind in ("final", "provisional"):
@@ -391,6 +410,7 @@ SCENARIOS: dict[str, Callable[..., dict[str, Any]]] = {
         deterministic,
         never_tuned,
         own_stores,
+        strict_replay,
         tune_together,
         damaged,
         forked,
@@ -425,7 +445,8 @@ def _serve(number: int, count: int, device: str, port: int, pipe: Any) -> None:
 def _run(
     name: str, store: Any, number: int, count: int, device: str, folder: str, options: dict[str, Any]
 ) -> dict[str, Any]:
-    os.environ["CONVPLAN_STORE"] = str(Path(folder, f"plans-{number}.sqlite"))
+    whose = "all" if options.pop("share_store", False) else number
+    os.environ["CONVPLAN_STORE"] = str(Path(folder, f"plans-{whose}.sqlite"))
     backend = "nccl" if device == "cuda" else "gloo"
     dist.init_process_group(
         backend,
@@ -438,7 +459,8 @@ def _run(
         rank = Rank(number, device, store)
         with fresh_process(), _short_expiry(), _watched(rank):
             found = SCENARIOS[name](rank, **options)
-            return {**found, "stats": convplan.stats(), "chosen": chosen(), "board": _ranks.current() is not None}
+            stored = _runtime.store().records(_environment.current(device))
+            return {**found, "stats": convplan.stats(), "chosen": chosen(), "stored": len(stored)}
     finally:
         dist.destroy_process_group()
 
