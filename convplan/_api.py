@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, overload
 import msgspec
 
 from convplan import _runtime
+from convplan._agreement import start_of
 from convplan._errors import SpecError
 from convplan._plan import PlanRecord
 from convplan._policy import Policy
@@ -244,15 +245,16 @@ def tune(
     found = _collect(problems, args)
     given = _policy(policy)
     wanted = given if given.effort == "exhaustive" else given.replace(effort="measure")
-    records = []
+    records: list[PlanRecord | None] = [None] * len(found)
+    first = start_of(len(found), wanted)  # ranks of a job begin at different places, and so share the work
     if progress is not None:
         progress(0, len(found), None)
-    for done, one in enumerate(found, start=1):
-        record, _ = _runtime.adopt(_checked(one), wanted, force=force)
-        records.append(record)
+    for done, place in enumerate((*range(first, len(found)), *range(first)), start=1):
+        record, _ = _runtime.adopt(_checked(found[place]), wanted, force=force)
+        records[place] = record
         if progress is not None:
             progress(done, len(found), record)
-    return records
+    return [record for record in records if record is not None]
 
 
 def _collect(problems: Iterable[Problem] | Problem | Callable[..., object], args: tuple[object, ...]) -> list[Problem]:
@@ -280,9 +282,10 @@ def stats(reset: bool = False) -> dict[str, int]:
     Returns:
         hits: calls that found their plan ready; misses: calls that did not. planned: problems planned anew, of which
         tuned: by measuring. from_store: problems whose plan the store held. from_relative: problems that run by the
-        choice of a tuned relative. replay_misses: times that replay mode did not find a problem in the store, whether
-        it raised or ran an untuned plan. restored: plans made ready from their serialized form. compiled: plans that
-        had to be compiled at run time to be made ready, beside what planning tries. fell_back: times that a next-ranked
-        plan or stock torch stepped in. failed: plannings that found nothing, and plans that failed while running.
+        choice of a tuned relative. from_rank: plans taken over from another rank of the job. replay_misses: times that
+        replay mode did not find a problem in the store, whether it raised or ran an untuned plan. restored: plans made
+        ready from their serialized form. compiled: plans that had to be compiled at run time to be made ready, beside
+        what planning tries. fell_back: times that a next-ranked plan or stock torch stepped in. failed: plannings that
+        found nothing, and plans that failed while running.
     """
     return _runtime.counts.read(reset)

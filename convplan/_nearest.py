@@ -245,6 +245,38 @@ class Relatives:
         others.sort(key=lambda member: (member[0].work > here.work) == (first[0].work > here.work))
         return [record for _, record in (first, *others)][:count]
 
+    def has_tuned_near(self, problem: Problem, policy: Policy, environment: Environment) -> bool:
+        """Whether a tuned relative is within a factor of two of the problem's work."""
+        nearest = self.nearest(problem, policy, environment, count=1)
+        return bool(nearest) and nearest[0].effort != "instant" and is_near(problem, nearest[0].problem)
+
+    def meet(self, problem: Problem, policy: Policy, environment: Environment, *, most: int) -> int:
+        """Note the shape of a problem that is met first.
+
+        Args:
+            policy: resolved.
+            most: shapes of a family that are counted.
+
+        Returns:
+            How many different shapes of its family were met by now.
+        """
+        named = family(problem)
+        if named is None:
+            return 0
+        with self._lock:
+            shapes = self._family((named, policy.key_items(), environment)).shapes
+            if len(shapes) < most:
+                shapes.add(Sizes.of(problem))
+            return len(shapes)
+
+    def met(self, problem: Problem, policy: Policy, environment: Environment) -> int:
+        """How many different shapes of a problem's family `meet` has counted."""
+        named = family(problem)
+        if named is None:
+            return 0
+        with self._lock:
+            return len(self._family((named, policy.key_items(), environment)).shapes)
+
     def claim(self, problem: Problem, policy: Policy, environment: Environment, *, shapes: int) -> bool:
         """Count one more shape of a family, and say whether its problem is to be tuned for the family's sake.
 
@@ -257,15 +289,11 @@ class Relatives:
             shapes: how many different ones, this one included, make a family worth it.
         """
         named = family(problem)
-        if named is None:
+        if named is None or self.meet(problem, policy, environment, most=shapes) < shapes:
             return False
         here = Sizes.of(problem)
         with self._lock:
             found = self._family((named, policy.key_items(), environment))
-            if len(found.shapes) < shapes:
-                found.shapes.add(here)
-                if len(found.shapes) < shapes:
-                    return False
             known = (*found.claimed, *(sizes.work for sizes, _ in found.tuned.values()))
             if any(abs(here.work - work) <= NEAR for work in known):
                 return False

@@ -45,6 +45,8 @@ class Policy(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
             there; `cold`, nothing of its tensors.
         nearest: a problem that is met first runs by the choices of its nearest tuned relatives, which differ from it in
             batch and spatial sizes only. False, or under a deterministic policy: by the engines' own order.
+        ranks: in a distributed job (an initialized `torch.distributed` process group of more than one rank), `agree`
+            makes all ranks use the same plan for a problem, tuned by one of them; `alone` has each choose by itself.
         search_s: seconds that the exhaustive search of one problem may take.
         build_limit_s, run_limit_s: seconds after which a candidate of the exhaustive search is given up, while it is
             built and while it runs.
@@ -65,6 +67,7 @@ class Policy(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     benchmark_limit: int = 0
     l2: Literal["warm", "cold"] = "warm"
     nearest: bool = True
+    ranks: Literal["agree", "alone"] = "agree"
     search_s: float = 60.0
     build_limit_s: float = 20.0
     run_limit_s: float = 5.0
@@ -78,6 +81,7 @@ class Policy(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
         self._check_choice("replay_miss", ("error", "instant"))
         self._check_choice("capture_miss", ("stock", "error"))
         self._check_choice("l2", ("warm", "cold"))
+        self._check_choice("ranks", ("agree", "alone"))
         if not isinstance(self.nearest, bool):
             raise PolicyError(f"nearest is {self.nearest!r}, expected True or False")
         self._check_count("tune_after", 1)
@@ -150,8 +154,8 @@ class Policy(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
         """The parts that change which plan is chosen.
 
         Left out: `effort` (kept beside the record and compared by the reader), and what says when and how long to
-        search (`mode`, `replay_miss`, `capture_miss`, `tune_after`, `tuning_limit_s`,
-        `budget_s`, `nearest`, `search_s` and the limits beside it) and not what is allowed.
+        search (`mode`, `replay_miss`, `capture_miss`, `tune_after`, `tuning_limit_s`, `budget_s`, `nearest`, `ranks`,
+        `search_s` and the limits beside it) and not what is allowed.
         """
         return (
             ("deterministic", self.deterministic),

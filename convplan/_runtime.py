@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import msgspec
 
-from convplan import _environment
+from convplan import _agreement, _environment
 from convplan._build import COMPILED
 from convplan._errors import CaptureMiss, ConvPlanError, ConvPlanWarning, ExecutionFailed, NoPlan, ReplayMiss, TooLarge
 from convplan._learned import learned_from, verdict
@@ -60,6 +60,7 @@ COUNTERS = (
     "tuned",
     "from_store",
     "from_relative",
+    "from_rank",
     "replay_misses",
     "restored",
     "compiled",
@@ -70,7 +71,9 @@ COUNTERS = (
 # has a near relative's choice already, beyond which little is to be gained. An untuned GPU plan costs its engine's
 # lists, 7 to 20 ms (H200, cuDNN 9.19): with `tune_after=2`, those of 16 shapes have cost about what one tuning does.
 PATIENCE = 8
-FAMILIES_SHARE = 0.1  # of the time since the process met its first problem, for tuning what may never come again
+# Of the time since the process met its first problem, for tuning problems that are one shape of many of their family,
+# each of which may never come again.
+FAMILIES_SHARE = 0.1
 
 Observe = Callable[[Problem, tuple[bool, bool]], None]
 """Told of a problem that is asked for, and whether gradients of its input and its weight may be asked for later."""
@@ -259,6 +262,7 @@ class _Choice:
         self._by_layer: list[tuple[Layer | None, int]] = []
         self.gave_up = False  # tuning broke off; the untuned plan stays
         self.has_near_relative = False  # whose choice it runs by
+        self.job: _agreement.Agreement | None = None  # with the other ranks
         self._ready: tuple[PlanRecord, Plan] | None = None
 
     def sight(self, layer: Layer | None) -> None:
@@ -379,16 +383,91 @@ def decide(problem: Problem, policy: Policy, layer: Layer | None = None) -> tupl
     with choice.lock:
         choice.sight(layer)
         _raise_known_failure(choice)
+        job = choice.job = _agreement.agreement(choice.job, problem, resolved, environment)
         if choice.record is None or (choice.record.effort == "instant" and _refuses_untuned(resolved)):
-            choice.record = _first_sight(choice, problem, resolved, environment)
-        elif not is_settled(choice.record, resolved) and _is_due(choice, resolved):
-            choice.record = _tune(choice, problem, resolved, environment)
+            agreed = None if _refuses_untuned(resolved) else _agreed_by_now(choice, "final")
+            choice.record = agreed or _agree(choice, _first_sight(choice, problem, resolved, environment), resolved)
+        elif job is not None and not job.seen:  # chosen before there was a job
+            choice.record = _agree(choice, choice.record, resolved)
+        elif not is_settled(choice.record, resolved) and not choice.gave_up:
+            choice.record = _seen_again(choice, choice.record, problem, resolved, environment)
         return choice, choice.record
+
+
+def _seen_again(
+    choice: _Choice, record: PlanRecord, problem: Problem, policy: Policy, environment: _environment.Environment
+) -> PlanRecord:
+    """A later sighting of a problem that runs untuned."""
+    job = choice.job
+    if job is not None:
+        if not job.may_look:
+            return record
+        agreed = _agreed_by_now(choice, "final")
+        if agreed is not None:
+            return agreed
+        if _limit_is_spent(policy):
+            with job.turn() as turn:  # nobody is tuning it, and this rank will not
+                choice.gave_up = turn.mine
+                return _agree(choice, record, policy) if turn.mine else record
+    if not _is_due(choice, policy):
+        return record
+    if not _varies(problem, policy, environment):
+        return _tune(choice, problem, policy, environment)
+    if not _share_is_spent():
+        return _tune_one_of_many(choice, problem, policy, environment)
+    if choice.has_near_relative or not _known_relatives(environment).has_tuned_near(problem, policy, environment):
+        return record
+    return _like_relatives(choice, problem, policy, environment) or record  # tuned since it was met
+
+
+def _agreed_by_now(choice: _Choice, kind: _agreement.Kind) -> PlanRecord | None:
+    """What the other ranks run the problem by already, if it can be had here."""
+    agreed = None if choice.job is None else choice.job.look(kind)
+    return None if agreed is None else _take_over(choice, agreed)
+
+
+def _agree(choice: _Choice, record: PlanRecord, policy: Policy) -> PlanRecord:
+    """The record that all ranks use, if they are to agree: this one, or the one that another rank was first with."""
+    job = choice.job
+    if job is None:
+        return record
+    if policy.deterministic and record.effort == "instant":
+        choice.gave_up = True  # a later plan would round differently
+    stays = choice.gave_up or is_settled(record, policy)
+    agreed = job.publish(record, "final" if stays else "provisional")
+    return record if agreed.record is record else _take_over(choice, agreed, own=record) or record
+
+
+def _take_over(choice: _Choice, agreed: _agreement.Agreed, own: PlanRecord | None = None) -> PlanRecord | None:
+    """Use what another rank found. None: it does not build here, and this rank stays alone with the problem."""
+    record, job = agreed.record, choice.job
+    assert job is not None
+    plan = None if own is None or own.config != record.config else choice.take_ready(own)
+    try:
+        plan = plan or _build(record)
+    except ConvPlanError as exc:
+        job.alone = True
+        warn_once(f"rank {job.board.rank} cannot use the plan of the other ranks ({exc}): {record.problem}")
+        return None
+    job.take(agreed)
+    choice.failure = None
+    choice.gave_up = agreed.kind == "final" and record.effort == "instant"
+    choice.has_near_relative = any(evidence.source == RELATIVE for evidence in record.ranking)
+    choice.hand_over(record, plan)
+    counts.add("from_rank")
+    if record.effort != "instant":
+        _relatives.add(record)
+        wanted = record.policy.replace(effort=record.effort)
+        if store().lookup(record.problem, wanted, record.environment) is None:
+            store().remember(record)
+    return record
 
 
 def is_settled(record: PlanRecord, policy: Policy) -> bool:
     """Whether seeing the problem more often changes nothing."""
-    return record.effort != "instant" or policy.tunes_at_sight is None or _limit_is_spent(policy)
+    if record.effort != "instant" or policy.tunes_at_sight is None:
+        return True
+    return _limit_is_spent(policy) and _agreement.board_for(policy) is None  # else another rank may still tune it
 
 
 def _limit_is_spent(policy: Policy) -> bool:
@@ -422,12 +501,8 @@ def _first_sight(
     if _is_due(choice, policy):
         return _tune(choice, problem, policy, environment)
     if _family_is_due(problem, policy, environment):
-        before = counts.tuning_s
-        try:
-            return _tune(choice, problem, policy, environment)
-        finally:
-            counts.families_s += counts.tuning_s - before
-    like = _like_relatives(choice, problem, policy, environment)
+        return _tune_one_of_many(choice, problem, policy, environment)
+    like = _agreed_by_now(choice, "provisional") or _like_relatives(choice, problem, policy, environment)
     if like is not None:
         return like
     # Stored only where that is what the policy asks for, and not when it stands in for a tuned one.
@@ -468,9 +543,34 @@ def _family_is_due(problem: Problem, policy: Policy, environment: _environment.E
     at = policy.tunes_at_sight
     if at is None or not _uses_relatives(policy) or _limit_is_spent(policy):
         return False
-    if counts.families_s > FAMILIES_SHARE * (time.perf_counter() - counts.since):
+    relatives, enough = _known_relatives(environment), at * PATIENCE
+    if _share_is_spent():
+        relatives.meet(problem, policy, environment, most=enough)
         return False
-    return _known_relatives(environment).claim(problem, policy, environment, shapes=at * PATIENCE)
+    return relatives.claim(problem, policy, environment, shapes=enough)
+
+
+def _varies(problem: Problem, policy: Policy, environment: _environment.Environment) -> bool:
+    """Whether so many shapes of a problem's family were met that this one is one of many, and tuning it can wait."""
+    if not _uses_relatives(policy):
+        return False
+    return _known_relatives(environment).met(problem, policy, environment) >= PATIENCE
+
+
+def _share_is_spent() -> bool:
+    """Whether tuning problems of which there are many has had its share of the time."""
+    return counts.families_s > FAMILIES_SHARE * (time.perf_counter() - counts.since)
+
+
+def _tune_one_of_many(
+    choice: _Choice, problem: Problem, policy: Policy, environment: _environment.Environment
+) -> PlanRecord:
+    """Tune, on the account of problems whose shapes vary."""
+    before = counts.tuning_s
+    try:
+        return _tune(choice, problem, policy, environment)
+    finally:
+        counts.families_s += counts.tuning_s - before
 
 
 def _like_relatives(
@@ -538,6 +638,22 @@ def _built_ahead(
 
 
 def _tune(choice: _Choice, problem: Problem, policy: Policy, environment: _environment.Environment) -> PlanRecord:
+    """Measure, once for all ranks of a job. A rank whose turn it is not goes on untuned, since a collective may wait
+    for it; or waits, if its policy forbids that the plan changes later."""
+    job = choice.job
+    if job is None:
+        return _tune_here(choice, problem, policy, environment)
+    with job.turn(_agreement.patience_s(policy) if policy.deterministic else 0.0) as turn:
+        if turn.mine:
+            return _agree(choice, _tune_here(choice, problem, policy, environment), policy)
+    taken = None if turn.record is None else _take_over(choice, _agreement.Agreed(turn.record, "final"))
+    if taken is not None:
+        return taken
+    untuned = choice.record or _agreed_by_now(choice, "provisional")
+    return untuned or _plan(choice, problem, policy, environment, "instant", keep=False)
+
+
+def _tune_here(choice: _Choice, problem: Problem, policy: Policy, environment: _environment.Environment) -> PlanRecord:
     """Measure; where that breaks off, as for want of memory, the problem runs untuned and is not tried again."""
     begin = time.perf_counter()
     try:
@@ -608,19 +724,25 @@ def adopt(problem: Problem, policy: Policy, *, force: bool = False) -> tuple[Pla
     choice = _choices.get(problem, resolved, environment)
     replay = resolved.mode == "replay"
     with choice.lock:
+        job = choice.job = _agreement.agreement(choice.job, problem, resolved, environment, asked=resolved.effort)
         if not _suffices(choice.record, resolved):
             choice.record = _stored(choice, problem, resolved, environment) or choice.record
         if choice.record is None and resolved.effort == "instant":
             choice.record = _built_ahead(choice, problem, resolved, environment)
         if choice.record is not None and _suffices(choice.record, resolved) and (replay or not force):
+            choice.record = _agree(choice, choice.record, resolved)
             return choice.record, False
         if replay:
             counts.add("replay_misses")
             counts.add("failed")
             raise ReplayMiss(problem=str(problem), policy=str(resolved))
-        choice.record = _plan(choice, problem, resolved, environment, resolved.effort)
+        with nullcontext(_agreement.Turn(True)) if job is None else job.turn(_agreement.patience_s(resolved)) as turn:
+            taken = None if turn.record is None else _take_over(choice, _agreement.Agreed(turn.record, "final"))
+            choice.record = taken or _agree(
+                choice, _plan(choice, problem, resolved, environment, resolved.effort), resolved
+            )
         state.touch()
-        return choice.record, True
+        return choice.record, taken is None
 
 
 def _suffices(record: PlanRecord | None, policy: Policy) -> bool:

@@ -182,7 +182,7 @@ def test_no_field_is_forgotten() -> None:
         assert {f"{letter}.{name}" for name in TensorSpec.__struct_fields__} <= labels
     assert {f"epilogue.{name}" for name in Epilogue.__struct_fields__} <= labels
     left_out = {"effort", "mode", "replay_miss", "capture_miss", "tuning_limit_s", "tune_after", "budget_s"}
-    left_out |= {"nearest", "search_s", "build_limit_s", "run_limit_s"}
+    left_out |= {"nearest", "ranks", "search_s", "build_limit_s", "run_limit_s"}
     assert {label for label, _ in POLICY.key_items()} == set(Policy.__struct_fields__) - left_out
 
 

@@ -667,6 +667,25 @@ def test_families_take_no_more_than_their_share_of_the_time(
     assert tuned_sizes(range(200, 900, 5)) > 1
 
 
+def test_shapes_of_a_varying_family_that_come_again_share_in_that_time(
+    engine: ScalingEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_runtime, "FAMILIES_SHARE", -1.0)
+    met = [conv(32, 32 + i) for i in range(20)]
+    assert {decide(one).effort for one in met * 3} == {"instant"}
+    tune(conv(32, 40))
+    again = decide(met[0])
+    assert (again.effort, again.ranking[0].source) == ("instant", RELATIVE), "by what was tuned since it was met"
+    assert again.config.knob("index") == TUNED
+    monkeypatch.setattr(_runtime, "FAMILIES_SHARE", 1e9)
+    efforts = [decide(met[0]).effort for _ in range(20)]
+    assert set(efforts) == {"instant", "measure"}
+    assert efforts == sorted(efforts)
+    monkeypatch.setattr(_runtime, "FAMILIES_SHARE", -1.0)
+    other = conv(32, channels=4)
+    assert [decide(other).effort for _ in range(2)] == ["instant", "measure"], "the one shape of its family"
+
+
 def test_a_family_waits_longer_under_a_more_patient_policy(engine: ScalingEngine) -> None:
     efforts = [decide(conv(32, 32 + i), tune_after=3).effort for i in range(26)]
     assert efforts.index("measure") == 23

@@ -30,7 +30,7 @@ from convplan._runtime import DEFAULT_CACHE_LIMIT, LeastRecentlyUsed, cache_limi
 from convplan.engines import registry
 from convplan.engines.fake import FakeCandidate, FakeEngine, VirtualClock
 
-NAMES = "hits misses planned tuned from_store from_relative replay_misses restored compiled fell_back failed"
+NAMES = "hits misses planned tuned from_store from_relative from_rank replay_misses restored compiled fell_back failed"
 NONE = dict.fromkeys(NAMES.split(), 0)
 
 

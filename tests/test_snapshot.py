@@ -223,7 +223,7 @@ def test_what_the_store_lacks_is_not_asked_for_until_something_was_written(
         other.put(record(30))
         assert lookup(forgiving, 30) == record(30)
         assert asked == [record(30).key]
-        other.delete([record(30).key])
+        other.delete(key_prefix=record(30).key)
     assert lookup(forgiving, 30) is None
     forgiving.close()
 
