@@ -184,12 +184,11 @@ class _Race:
                 running = self._drop_the_far(running)
             elif round_number + 1 >= MIN_ROUNDS:
                 running = self._drop_the_beaten(running)
-            if len(running) <= 1 and round_number + 1 >= MIN_ROUNDS:
+            if round_number + 1 >= MIN_ROUNDS and (len(running) <= 1 or len(self._near()) > 1):
                 break
             if self._spent_us(begin) >= self._budget_us:
                 break
-        if self._timer.drifts:
-            self._final(begin)
+        self._final(begin)
         return self._ranked(), self._slower
 
     def _spent_us(self, begin: int) -> float:
@@ -228,12 +227,8 @@ class _Race:
 
     def _final(self, begin: int) -> None:
         """Those near the leader once more, under load, where runs are long."""
-        if len(self._samples) < 2:
-            return
-        _, leader_us = self._leader()
-        medians = {config: statistics.median(times.values()) for config, times in self._samples.items()}
-        near = sorted((c for c in medians if medians[c] <= (1 + NEAR) * leader_us), key=lambda c: medians[c])
-        if len(near) < 2 or leader_us < FINAL_FROM_US or self._spent_us(begin) >= self._budget_us:
+        near = self._near()
+        if len(near) < 2 or self._spent_us(begin) >= self._budget_us:
             return
         running = [c for c in self._all if c.config in near[:FINALISTS]]
         loaded_from, calls = self._timer.clock(), [(c.call, self._repeats[c.config]) for c in running]
@@ -247,6 +242,16 @@ class _Race:
             if not running or (number - MAX_ROUNDS >= MIN_ROUNDS and self._spent_us(begin) >= self._budget_us):
                 break
         self._finalists = {config for config in short if config in self._samples}
+
+    def _near(self) -> list[EngineConfig]:
+        """Whom the final is between, fastest first; nobody where there is none to come."""
+        if not self._timer.drifts or not self._samples:
+            return []
+        _, leader_us = self._leader()
+        medians = {config: statistics.median(times.values()) for config, times in self._samples.items()}
+        if leader_us < FINAL_FROM_US:
+            return []
+        return sorted((c for c in medians if medians[c] <= (1 + NEAR) * leader_us), key=lambda c: medians[c])
 
     def _cut_off(self, contestants: Sequence[Contestant]) -> list[Contestant]:
         """Leave out what one run showed to be hopeless."""
