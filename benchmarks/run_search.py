@@ -297,15 +297,17 @@ def p5(options: argparse.Namespace, stop: Stop) -> Found:
 
 def shapes(options: argparse.Namespace, stop: Stop) -> Found:
     runs: list[dict[str, Any]] = []
+    seconds = ["--images", str(options.images), "--seconds", str(options.seconds_shapes / 2)]
+    limit = [] if options.tuning_limit_s is None else ["--tuning-limit-s", str(options.tuning_limit_s)]
+    # The first begins with an empty store; before the others three sizes are tuned, which are none of the stream's.
     for number in range(options.runs):
         if stop() and number:
             break
-        seconds = ["--images", str(options.images), "--seconds", str(options.seconds_shapes / 2)]
+        if number == 1:
+            yield {"tuned": model(options, "stream-tune", timeout_s=300.0)}
         runs.append(model(options, "stream-stock", *seconds))
-        # The first begins with an empty store, the later ones with what it has found.
-        regret = [] if number else ["--regret"]
-        limit = [] if options.tuning_limit_s is None else ["--tuning-limit-s", str(options.tuning_limit_s)]
-        runs.append(model(options, "stream-convplan", *seconds, *limit, *regret))
+        runs.append(model(options, "stream-convplan", *seconds, *limit, *(["--regret"] if number < 2 else [])))
+        runs[-1]["side"] = "convplan, warm" if number else "convplan, empty store"
         yield {"runs": runs}
 
 
@@ -477,12 +479,19 @@ def shapes_lines(raw: dict[str, Any]) -> list[str]:
             f"{statistics.median(times[count // 2 :]):.2f} | {max(times):.1f} | {run['stats'].get('tuned', '')} | "
             f"{run['stats'].get('from_store', '')} |"
         )
-    regrets = [row["regret"] for run in runs for row in run["regrets"] if row["regret"] is not None]
-    if regrets:
+    for run in runs:
+        regrets = [row["regret"] for row in run["regrets"] if row["regret"] is not None]
+        if regrets:
+            found += [
+                "",
+                f"Regret of the choices of {len(regrets)} layers at sizes of the second half, {run['side']}: median "
+                f"{statistics.median(regrets):.3f}, worst {max(regrets):.3f}.",
+            ]
+    if "tuned" in raw:
+        tuned = raw["tuned"]
         found += [
             "",
-            f"Regret of the choices of {len(regrets)} layers at sizes of the second half: median "
-            f"{statistics.median(regrets):.3f}, worst {max(regrets):.3f}.",
+            f"Warm: {tuned['problems']} problems of three other sizes were tuned before, in {tuned['seconds']:.0f} s.",
         ]
     return found
 

@@ -2,6 +2,7 @@
 
     python benchmarks/search_models.py tune|replay|stock-step                # one training step of a ResNet-50
     python benchmarks/search_models.py stream-stock|stream-convplan          # images of different sizes, one by one
+    python benchmarks/search_models.py stream-tune                           # three sizes, so that others run by them
 
 Prints one JSON object on the last line. Time starts with the first line of this file, before torch is imported.
 """
@@ -17,6 +18,7 @@ from collections.abc import Callable  # noqa: E402
 from typing import Any  # noqa: E402
 
 LONGEST, SHORTEST, NARROWEST = 1333, 800, 480  # pixels: the usual limits when images are resized for detection
+TUNED_SIZES = ((NARROWEST, 560), (640, 853), (SHORTEST, LONGEST))  # none of those that the stream holds
 SMALL_DIVISOR = 12  # of those, where there is no GPU
 REGRET_SHAPES = 12
 
@@ -29,6 +31,7 @@ def main() -> None:
         "stock-step": lambda options: step(options, "stock"),
         "stream-stock": lambda options: stream(options, "stock"),
         "stream-convplan": lambda options: stream(options, "convplan"),
+        "stream-tune": stream_tune,
     }
     parser.add_argument("program", choices=programs)
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
@@ -136,14 +139,14 @@ def image_sizes(count: int, divisor: int) -> list[tuple[int, int]]:
     return list(sizes)
 
 
-def stream(options: argparse.Namespace, side: str) -> dict[str, Any]:
+def streamed(options: argparse.Namespace) -> tuple[Callable[[tuple[int, int]], float], int]:
+    """Runs one image of a size and gives its milliseconds; and by what the sizes are divided."""
     import torch
 
     torch.backends.cudnn.benchmark = False
     device, divisor = options.device, 1 if options.device == "cuda" else SMALL_DIVISOR
     dtype = torch.float16 if device == "cuda" else torch.float32
     model = resnet(device).eval().to(dtype)
-    sizes = image_sizes(options.images + 1, divisor)
 
     def run(size: tuple[int, int]) -> float:
         image = torch.randn(1, 3, *size, device=device, dtype=dtype).to(memory_format=torch.channels_last)
@@ -151,6 +154,30 @@ def stream(options: argparse.Namespace, side: str) -> dict[str, Any]:
         output(model(image)).float().sum().item()  # waits for the GPU
         return (time.perf_counter() - begin) * 1e3
 
+    return run, divisor
+
+
+def stream_tune(options: argparse.Namespace) -> dict[str, Any]:
+    """What a user does once: tune for the smallest, a middle and the largest image."""
+    import torch
+
+    import convplan
+
+    run, divisor = streamed(options)
+    begin = time.perf_counter()
+    with torch.no_grad():
+        records = convplan.tune(
+            lambda: [run((height // divisor, width // divisor)) for height, width in TUNED_SIZES],
+            policy=policy(options),
+        )
+    return {"problems": len(records), "seconds": time.perf_counter() - begin, "stats": convplan.stats()}
+
+
+def stream(options: argparse.Namespace, side: str) -> dict[str, Any]:
+    import torch
+
+    run, divisor = streamed(options)
+    sizes = image_sizes(options.images + 1, divisor)
     with torch.no_grad():
         first_ms = run(sizes.pop())  # what a process does once, before convplan is switched on
         if side == "convplan":

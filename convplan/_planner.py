@@ -19,8 +19,8 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, NamedTuple
 
 from convplan import __version__
-from convplan._build import build_candidates, first_that_builds
-from convplan._candidates import Live, enumerate_candidates, instant_order, no_plan
+from convplan._build import COMPILED, build_candidates, first_that_builds
+from convplan._candidates import Live, enumerate_candidates, instant_order, no_plan, split
 from convplan._contest import measure_candidates, rank
 from convplan._environment import Environment
 from convplan._errors import ConvPlanError, ConvPlanWarning
@@ -65,6 +65,7 @@ def find_plans(
     effort: Effort | None = None,
     clock: Clock = time.perf_counter_ns,
     learned: Sequence[LearnedErratum] = (),
+    one_of_many: bool = False,
 ) -> Planned:
     """Find the ranking of plans for a problem.
 
@@ -75,6 +76,7 @@ def find_plans(
         effort: None: the policy's.
         clock: nanoseconds, for timing candidates and planning itself.
         learned: configurations that failed before; those that count in this environment are not run again.
+        one_of_many: it is tuned for what it says of others; what must be compiled for each shape anew says nothing.
 
     Returns:
         A record with at least one usable candidate, and what was built.
@@ -86,7 +88,8 @@ def find_plans(
     """
     begin = clock()
     stages = _Stages(clock)
-    outcome = _through_stages(problem, policy, environment, effort or policy.effort, learned, clock, stages)
+    rules = _Rules(policy, environment, effort or policy.effort, learned, one_of_many)
+    outcome = _through_stages(problem, rules, clock, stages)
     if not outcome.ranking:
         raise no_plan(problem, policy, outcome.rejected)
     record = PlanRecord(
@@ -124,21 +127,27 @@ class _Outcome(NamedTuple):
     curve: tuple[tuple[float, float], ...] = ()
 
 
-def _through_stages(
-    problem: Problem,
-    policy: Policy,
-    environment: Environment,
-    effort: Effort,
-    learned: Sequence[LearnedErratum],
-    clock: Clock,
-    stages: _Stages,
-) -> _Outcome:
+class _Rules(NamedTuple):
+    """What is asked of the stages."""
+
+    policy: Policy
+    environment: Environment
+    effort: Effort
+    learned: Sequence[LearnedErratum]
+    one_of_many: bool
+
+
+def _through_stages(problem: Problem, rules: _Rules, clock: Clock, stages: _Stages) -> _Outcome:
+    policy, environment, effort = rules.policy, rules.environment, rules.effort
     with stages("enumerate"):
         live, rejected = enumerate_candidates(problem, policy, effort)
     with stages("filter"):
-        here = [one for one in learned if one.applies_in(environment)]
+        here = [one for one in rules.learned if one.applies_in(environment)]
         live, dropped = filter_candidates(live, problem, policy, learned=here)
-    rejected += dropped
+        rejected += dropped
+        if rules.one_of_many and effort == "measure":
+            live, dropped = split(live, "filter", _compiled_in_vain)
+            rejected += dropped
     if effort == "exhaustive":
         with stages("search"):
             found = _search(live, problem, policy, environment, here)
@@ -152,6 +161,12 @@ def _through_stages(
         live, unbuilt = build_candidates(live, problem, policy)
     ranking, dropped = _prove_and_time(live, problem, policy, clock, stages)
     return _Outcome("measure", live, ranking, [*rejected, *unbuilt, *dropped])
+
+
+def _compiled_in_vain(item: Live) -> str:
+    if COMPILED not in item.candidate.notes.behavior:
+        return ""
+    return "it is compiled for each shape anew, and this one was tuned for the sake of many others"
 
 
 class Planned:

@@ -262,6 +262,7 @@ class _Choice:
         self._by_layer: list[tuple[Layer | None, int]] = []
         self.gave_up = False  # tuning broke off; the untuned plan stays
         self.has_near_relative = False  # whose choice it runs by
+        self.one_of_many = False  # of a family whose shapes vary
         self.job: _agreement.Agreement | None = None  # with the other ranks
         self._ready: tuple[PlanRecord, Plan] | None = None
 
@@ -567,6 +568,7 @@ def _tune_one_of_many(
 ) -> PlanRecord:
     """Tune, on the account of problems whose shapes vary."""
     before = counts.tuning_s
+    choice.one_of_many = True
     try:
         return _tune(choice, problem, policy, environment)
     finally:
@@ -685,7 +687,8 @@ def _plan(
     """Plan and store. When nothing survives, the choice notes it, so that later calls do not search again."""
     choice.failure = None
     try:
-        found = find_plans(problem, policy, environment, effort=effort, learned=store().errata(environment))
+        errata = store().errata(environment)
+        found = find_plans(problem, policy, environment, effort=effort, learned=errata, one_of_many=choice.one_of_many)
     except NoPlan as exc:
         counts.add("failed")
         choice.failure = _Failure(exc.problem, exc.policy, exc.rejections, registry.generation)
@@ -736,6 +739,7 @@ def adopt(problem: Problem, policy: Policy, *, force: bool = False) -> tuple[Pla
             counts.add("replay_misses")
             counts.add("failed")
             raise ReplayMiss(problem=str(problem), policy=str(resolved))
+        choice.one_of_many = False  # somebody wants this very one
         with nullcontext(_agreement.Turn(True)) if job is None else job.turn(_agreement.patience_s(resolved)) as turn:
             taken = None if turn.record is None else _take_over(choice, _agreement.Agreed(turn.record, "final"))
             choice.record = taken or _agree(
