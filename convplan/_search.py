@@ -26,11 +26,10 @@ from convplan._torch_state import torch_state
 from convplan._walk import Walk
 from convplan._worker_link import Lost, NoWorker, WorkerLink
 from convplan._worker_messages import EngineSpec, Race, Raced, Racer, Setup, Tried, Try, kind_of
-from convplan.engines.base import Candidate, Engine, EngineConfig, Remakable, Searchable, Space
+from convplan.engines.base import SEARCHED, Candidate, Engine, EngineConfig, Remakable, Searchable, Space
 
 log = logging.getLogger("convplan.search")
 
-WALKED = "search"  # the source of candidates that nobody proposed
 RACE_SHARE = 0.2  # of the time, for the race at the end
 LEADERS = 12
 LEADING = 1.3  # times the best first sample: who is that close may have had bad luck
@@ -179,7 +178,7 @@ class _Search:
                 return None
             if tried.evidence.rejected:
                 self._rejected.append(tried.evidence)
-                return None
+                return tried.first_us or None  # how slow it is, where that is why
             self._usable[candidate.config] = (candidate, tried)
             return tried.evidence.median_us
         raise AssertionError("convplan bug: the second attempt returns")
@@ -242,8 +241,8 @@ class _Search:
             found = engine.candidate(self._problem, config)
         except Exception as exc:  # an engine's failure costs its candidate, never the search
             reason = exc.reason if isinstance(exc, PlanRejected) else f"{type(exc).__name__}: {first_line(exc)}"
-            return Candidate(config, source=WALKED), reason
-        return msgspec.structs.replace(found, source=WALKED), self._forbidden(found)
+            return Candidate(config, source=SEARCHED), reason
+        return msgspec.structs.replace(found, source=SEARCHED), self._forbidden(found)
 
     # --- the end ------------------------------------------------------------------------------------------------------
 

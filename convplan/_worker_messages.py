@@ -115,7 +115,7 @@ class Tried(msgspec.Struct, frozen=True, tag="tried"):
 
     Args:
         evidence: a time from a first sample, or the stage and reason of the rejection.
-        first_us: one run's time, for the race.
+        first_us: one run's time, for the race, or because it was too slow; else 0.
         unfit: why this process's memory or GPU can be trusted no more; empty when it can.
     """
 

@@ -29,6 +29,7 @@ log = logging.getLogger("convplan.engines")
 ENTRY_POINT_GROUP = "convplan.engines"
 MAX_NAME = 64  # characters
 FALLBACK, LAST_RESORT = "fallback", "last_resort"  # sources of candidates that come after all others, in this order
+SEARCHED = "search"  # the source of candidates that nobody proposed
 
 Run = Callable[["torch.Tensor", "torch.Tensor", "torch.Tensor | None", "torch.Tensor | None"], "torch.Tensor"]
 """What a built candidate is: `run(first, second, bias, out)`, with the problem's two inputs in order.

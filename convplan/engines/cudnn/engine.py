@@ -21,7 +21,7 @@ from convplan._errors import EngineUnavailable, PlanRejected
 from convplan._policy import Effort, Policy
 from convplan._problem import Problem, TensorSpec
 from convplan.engines._support import TORCH_DTYPES, empty
-from convplan.engines.base import Built, Candidate, EngineConfig, Offer, Run, Space, Support, no
+from convplan.engines.base import SEARCHED, Built, Candidate, EngineConfig, Offer, Run, Space, Support, no
 from convplan.engines.cudnn.configs import (
     Configuration,
     described_configuration,
@@ -42,7 +42,6 @@ _SOURCES: dict[str, tuple[str, ...]] = {
     "exhaustive": ("mode_a", "mode_b", "fallback"),
 }
 _LETTERS = {"fprop": "xwy", "dgrad": "ywx", "wgrad": "xyw"}  # first input, second input, output
-SEARCHED = "search"  # source of configurations that no list of cuDNN's holds
 COMPILED = "RUNTIME_COMPILATION"
 
 # Bound once: a call costs a few microseconds in all. Builds of torch without CUDA lack them, and run no plan.
