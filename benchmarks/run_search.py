@@ -49,6 +49,9 @@ def main() -> None:
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
     parser.add_argument("--device-index", type=int, default=None, help="the only GPU that may be seen")
     parser.add_argument("--name", default="search")
+    parser.add_argument(
+        "--merge", default="", help="run nothing: put the files of these names together, then delete them"
+    )
     parser.add_argument("--seconds-each", type=float, default=1.5, help="rounds of one problem, in p1 and p3")
     parser.add_argument("--search-s", type=float, default=60.0, help="exhaustive: seconds of one search")
     parser.add_argument("--budget-s", type=float, default=None, help="Policy.budget_s")
@@ -65,6 +68,9 @@ def main() -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     if options.run_part:
         run_part(options, options.run_part)
+        return
+    if options.merge:
+        merge(options, options.merge.split(","))
         return
     parts = options.parts.split(",")
     unknown = sorted(set(parts) - set(PARTS))
@@ -127,6 +133,33 @@ def finish(options: argparse.Namespace, ended: dict[str, str]) -> None:
         raw[part] = json.loads(file.read_text()) if file.is_file() else {}
         raw[part]["ended"] = how
         file.unlink(missing_ok=True)
+    write(options, raw)
+
+
+def merge(options: argparse.Namespace, names: list[str]) -> None:
+    """One file and one table of several, of which each ran on a GPU of its own; rows of one part are put together."""
+    raw: dict[str, Any] = {}
+    for name in names:
+        file = options.out / f"{name}.json"
+        whole = json.loads(file.read_text()) if file.is_file() else {}
+        for part in PARTS:  # those of a run that was stopped, too
+            left = options.out / f".{name}.{part}.json"
+            if left.is_file():
+                whole.setdefault(part, {**json.loads(left.read_text()), "ended": "stopped"})
+                left.unlink()
+        for part, found in whole.items():
+            known = raw.setdefault(part, found)
+            if known is not found:
+                for key in ("rows", "not_reached"):
+                    known[key] = [*known.get(key, []), *found.get(key, [])]
+                known["ended"] = "; ".join(filter(None, (known["ended"], found["ended"])))
+        file.unlink(missing_ok=True)
+        file.with_suffix(".md").unlink(missing_ok=True)
+    write(options, raw)
+
+
+def write(options: argparse.Namespace, raw: dict[str, Any]) -> None:
+    whole = options.out / f"{options.name}.json"
     whole.write_text(json.dumps(raw, indent=1) + "\n")
     text = "\n".join(lines(raw)) + "\n"
     whole.with_suffix(".md").write_text(text)

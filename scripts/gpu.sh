@@ -1,13 +1,14 @@
 #!/usr/bin/env bash
 # Everything that needs a GPU, in one call: cheap checks, then tests, then benchmarks, each step with a hard timeout.
 #
-#     scripts/gpu.sh [check] [tests] [bench] [search]      # the first three by default
+#     scripts/gpu.sh [check] [tests] [bench] [search] [l2]      # the first three by default
 #
 # Writes to $OUT (default: benchmarks/results/gpu): summary.txt (machine, one line a step), logs.txt (their output),
 # gpu_findings.json (every plan that ran), the engine's raw numbers and table, gpu.json and gpu.md, and the search's,
-# search.json and search.md. Ends with short tables and a line `N passed, N failed`; exit 1 if anything failed.
+# search.json and search.md, and what the state of the second-level cache foretells, l2_state.json and l2_state.md. Ends with short tables and a line `N passed, N failed`; exit 1 if anything failed.
 #
-# TEST_SECONDS, BENCH_SECONDS and SEARCH_SECONDS limit each step; SEARCH_OPTIONS go to benchmarks/run_search.py.
+# TEST_SECONDS, BENCH_SECONDS and SEARCH_SECONDS limit each step; SEARCH_OPTIONS go to benchmarks/run_search.py. With two
+# GPUs, SEARCH_OPTIONS_1 are for a second run of it at the same time, on the second one; their tables become one.
 set -u -o pipefail
 cd "$(dirname "$0")/.."
 OUT=${OUT:-benchmarks/results/gpu}
@@ -18,7 +19,8 @@ parts=${*:-check tests bench}
 passed=0
 failed=0
 : >"$OUT/logs.txt"
-rm -f "$OUT/gpu_findings.json" "$OUT/gpu.json" "$OUT/gpu.md" "$OUT/search.json" "$OUT/search.md"
+rm -f "$OUT/gpu_findings.json" "$OUT/gpu.json" "$OUT/gpu.md" "$OUT/search.json" "$OUT/search.md" \
+    "$OUT/l2_state.json" "$OUT/l2_state.md"
 scratch=$(mktemp -d)
 prefix=$("$PYTHON" -c 'import sys; print(sys.prefix)')
 trap 'rm -rf "$scratch"' EXIT
@@ -96,17 +98,30 @@ for part in $parts; do
         step bench_gpu "${BENCH_SECONDS:-240}" "$PYTHON" benchmarks/run_gpu.py
         ;;
     search)
+        search=("${SEARCH_SECONDS:-900}" "$PYTHON" benchmarks/run_search.py)
         # shellcheck disable=SC2086 # options are words
-        step search "${SEARCH_SECONDS:-900}" "$PYTHON" benchmarks/run_search.py ${SEARCH_OPTIONS:-}
+        if [ -z "${SEARCH_OPTIONS_1:-}" ]; then
+            step search "${search[@]}" ${SEARCH_OPTIONS:-}
+        else
+            run search-0 "${search[@]}" --device-index 0 --name search-0 ${SEARCH_OPTIONS:-} &
+            run search-1 "${search[@]}" --device-index 1 --name search-1 ${SEARCH_OPTIONS_1} &
+            wait
+            report search-0 "${search[@]}" --device-index 0 --name search-0 ${SEARCH_OPTIONS:-}
+            report search-1 "${search[@]}" --device-index 1 --name search-1 ${SEARCH_OPTIONS_1}
+            step merge 60 "$PYTHON" benchmarks/run_search.py --merge search-0,search-1
+        fi
+        ;;
+    l2)
+        step l2_state "${L2_SECONDS:-300}" "$PYTHON" benchmarks/l2_state.py --models "${L2_MODELS:-resnet50,resnet18}"
         ;;
     *)
-        echo "unknown part '$part', expected check, tests, bench or search" >&2
+        echo "unknown part '$part', expected check, tests, bench, search or l2" >&2
         exit 2
         ;;
     esac
 done
 
-for table in gpu search; do
+for table in gpu search l2_state; do
     [ -f "$OUT/$table.md" ] && sed -n '1,30p' "$OUT/$table.md"
 done
 echo "$passed passed, $failed failed" | tee -a "$OUT/summary.txt"
