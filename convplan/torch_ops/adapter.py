@@ -218,7 +218,11 @@ def transposed_padding(args: ConvArgs) -> tuple[tuple[int, int], ...]:
         NotExpressible: there is not enough padding to take away.
     """
     pairs = []
-    for (before, after), outer, step in zip(args.padding, args.output_padding, args.stride, strict=True):
+    for (before, after), outer, step, dil in zip(
+        args.padding, args.output_padding, args.stride, args.dilation, strict=True
+    ):
+        if outer >= max(step, dil):
+            raise NotExpressible(f"output_padding is {outer} with stride {step} and dilation {dil}; torch refuses it")
         less = outer if outer >= step else 0
         if less > after:
             raise NotExpressible(

@@ -320,14 +320,15 @@ def functional_derivatives(on: Place, one: Call) -> Any:
 def finite_differences(on: Place, one: Call) -> Any:
     return torch.autograd.gradcheck(
         partial(convolve, one), on.tensors(one), fast_mode=True, check_forward_ad=True, check_batched_grad=True,
-        check_batched_forward_grad=True, check_undefined_grad=True,
+        check_batched_forward_grad=True, check_undefined_grad=True, nondet_tol=1e-9,
     )  # fmt: skip
 
 
 def finite_differences_of_gradients(on: Place, one: Call) -> Any:
     return torch.autograd.gradgradcheck(
-        partial(convolve, one), on.tensors(one), fast_mode=True, check_fwd_over_rev=True, check_rev_over_rev=True
-    )
+        partial(convolve, one), on.tensors(one), fast_mode=True, check_fwd_over_rev=True, check_rev_over_rev=True,
+        nondet_tol=1e-9,
+    )  # fmt: skip
 
 
 # --- recomputing, hooks, anomalies

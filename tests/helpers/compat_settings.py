@@ -310,7 +310,8 @@ def random_numbers(on: Place) -> Any:
     """Nobody draws random numbers on the way."""
     torch.manual_seed(7)
     y = F.dropout(convolve(call("2d"), *on.tensors(call("2d"))), 0.5)
-    return y, torch.rand(3, device=on.device).to(on.dtype), torch.rand(2)
+    drawn = torch.rand(8, device=on.device), torch.rand(8)
+    return y != 0, [(1e6 * t).long() for t in drawn]
 
 
 
