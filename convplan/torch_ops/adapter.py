@@ -141,7 +141,7 @@ def _cudnn_may_choose(x: torch.Tensor, w: torch.Tensor, args: ConvArgs) -> bool:
     chosen = torch._C._select_conv_backend(
         x, w, None, list(args.stride), padding, list(args.dilation), args.transposed, outer, args.groups
     )
-    return chosen in (torch._C._ConvBackend.Cudnn, torch._C._ConvBackend.CudnnTranspose)
+    return chosen.name in ("Cudnn", "CudnnTranspose")
 
 
 def _onednn_takes(x: torch.Tensor, w: torch.Tensor, args: ConvArgs) -> bool:

@@ -1,4 +1,4 @@
-"""Autocast, gradient scaling and torch's settings under `enable()`: every case of `helpers.compat_settings` on the CPU."""
+"""Autocast, gradient scaling and torch's settings under `enable()`: `helpers.compat_settings` on the CPU."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 from helpers.compat import CPU_POLICIES, Case, check
-from helpers.compat_settings import CASES
+from helpers.compat_cases import cases
 from helpers.fresh import fresh_process
 
 
@@ -17,6 +17,6 @@ def _fresh() -> Iterator[None]:
 
 
 @pytest.mark.behaviour("C8")
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
+@pytest.mark.parametrize("case", cases("cpu", "autocast", "flags"), ids=lambda case: case.id)
 def test_settings_hold_as_in_stock_torch(case: Case) -> None:
     check(case, "cpu", CPU_POLICIES)

@@ -6,9 +6,8 @@ from collections.abc import Iterator
 
 import pytest
 from helpers.compat import CPU_POLICIES, Case, check
-from helpers.compat_autograd import CASES
+from helpers.compat_cases import cases
 from helpers.fresh import fresh_process
-
 
 # Torch's own, at the first forward derivative of a process.
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
@@ -21,6 +20,6 @@ def _fresh() -> Iterator[None]:
 
 
 @pytest.mark.behaviour("C8")
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
+@pytest.mark.parametrize("case", cases("cpu", "autograd"), ids=lambda case: case.id)
 def test_derivatives_are_those_of_stock_torch(case: Case) -> None:
     check(case, "cpu", CPU_POLICIES)

@@ -51,7 +51,7 @@ def test_the_table_names_every_architecture_with_a_convolution() -> None:
 def test_an_architecture_computes_what_it_does_in_stock_torch(family: str) -> None:
     name, level, shape = TABLE["run"][family]
     kind = next(kind for kind in tiny_models.model_classes(family) if kind.__name__ == name)
-    model = tiny_models.build(family, kind, level)
+    model = tiny_models.build(kind, level)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         wrong = compare(model, tiny_models.inputs(model, shape), tiny_models.run, CPU_POLICIES["matmul"])

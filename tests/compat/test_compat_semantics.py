@@ -1,4 +1,4 @@
-"""What convolutions take, give and refuse under `enable()`, as in stock torch: `helpers.compat_semantics` on the CPU."""
+"""What convolutions take, give and refuse under `enable()`: `helpers.compat_semantics` and `compat_tensors`."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ from collections.abc import Iterator
 
 import pytest
 from helpers.compat import CPU_POLICIES, Case, check
-from helpers.compat_semantics import CASES
 from helpers.fresh import fresh_process
 
 
@@ -16,6 +15,10 @@ def _fresh() -> Iterator[None]:
         yield
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
+@pytest.mark.parametrize(
+    "case",
+    [case for table in (*TABLES.values(), CASES) for case in table if "cpu" in case.devices],
+    ids=lambda case: case.id,
+)
 def test_the_call_means_what_it_means_in_stock_torch(case: Case) -> None:
     check(case, "cpu", CPU_POLICIES)

@@ -172,9 +172,7 @@ def forward_mode(on: Place, one: Call) -> Any:
     found = []
     for chosen in ([0], [1], list(range(len(tensors)))):
         with forward_ad.dual_level():
-            duals = [
-                forward_ad.make_dual(t, weights(t, i).div(2)) if i in chosen else t for i, t in enumerate(tensors)
-            ]
+            duals = [forward_ad.make_dual(t, weights(t, i).div(2)) if i in chosen else t for i, t in enumerate(tensors)]
             found.append(tuple(forward_ad.unpack_dual(convolve(one, *duals))))
     return found
 
@@ -238,9 +236,7 @@ def over(which: int, on: Place, one: Call) -> Any:
     """`vmap` over the tensors whose bits are set in `which`."""
     tensors = on.tensors(one, grad=False)
     dims = tuple(0 if which >> i & 1 else None for i in range(len(tensors)))
-    given = [
-        torch.stack([t, t + 1, 2 * t]) if dim == 0 else t for t, dim in zip(tensors, dims, strict=True)
-    ]
+    given = [torch.stack([t, t + 1, 2 * t]) if dim == 0 else t for t, dim in zip(tensors, dims, strict=True)]
     return vmap(partial(convolve, one), dims)(*given)
 
 
@@ -344,9 +340,7 @@ def checkpointed(reentrant: bool, on: Place, one: Call) -> Any:
 def selectively_checkpointed(on: Place, one: Call) -> Any:
     leaves = on.tensors(one)
     contexts = partial(create_selective_checkpoint_contexts, [torch.ops.aten.convolution.default])
-    y = checkpoint(
-        lambda *given: convolve(one, *given).relu().sin(), *leaves, use_reentrant=False, context_fn=contexts
-    )
+    y = checkpoint(lambda *given: convolve(one, *given).relu().sin(), *leaves, use_reentrant=False, context_fn=contexts)
     return y, torch.autograd.grad(y, leaves, weights(y))
 
 
@@ -404,7 +398,7 @@ def saved_on_cpu(on: Place, one: Call) -> Any:
 
 def _module(on: Place, one: Call) -> nn.Module:
     kind: Any = getattr(nn, f"Conv{'Transpose' if one.transposed else ''}{len(one.w) - 2}d")
-    x, w, *bias = on.tensors(one, grad=False)
+    _, w, *bias = on.tensors(one, grad=False)
     groups = int(one.arguments.get("groups", 1))
     channels = (one.w[0], one.w[1] * groups) if one.transposed else (one.w[1] * groups, one.w[0])
     module = kind(*channels, one.w[2:], bias=bool(bias), device=on.device, dtype=on.dtype, **one.arguments)
@@ -622,31 +616,30 @@ RAW = [
     for with_bias in {mask[2], True}
 ]
 
+
+def _with(run: Use, one: Call, on: Place) -> Any:
+    return run(on, one)
+
+
 CASES = [
     *(
-        Case(f"{use}-{name}", lambda on, run=run, one=call(name): run(on, one), dtypes, every_policy=True)
+        Case(f"{use}-{name}", partial(_with, run, call(name)), dtypes, every_policy=True)
         for use, (run, dtypes) in EVERYWHERE.items()
         for name in KINDS
     ),
     *(
-        Case(
-            f"{use}-{name}", lambda on, run=run, one=call(name): run(on, one), planned=None if use in LEFT else True
-        )
+        Case(f"{use}-{name}", partial(_with, run, call(name)), planned=None if use in LEFT else True)
         for use, run in SOMEWHERE.items()
         for name in FEW
     ),
+    *(Case(f"{use}-{one.id}", partial(_with, run, one)) for use, run in ON_SMALL.items() for one in SMALL),
     *(
-        Case(f"{use}-{one.id}", lambda on, run=run, one=one: run(on, one))
-        for use, run in ON_SMALL.items()
-        for one in SMALL
-    ),
-    *(
-        Case(f"{use}-{name}", lambda on, run=run, one=call(name): run(on, one), (F64,))
+        Case(f"{use}-{name}", partial(_with, run, call(name)), (F64,))
         for use, run in IN_FLOAT64.items()
         for name in ("1d-same-even", "2d", "2d-depthwise", "t2d-groups-dilation", "3d")
     ),
     *(
-        Case(f"one-tensor-for-both-{name}", lambda on, one=call(name): one_tensor_for_both(on, one), (F32, F64))
+        Case(f"one-tensor-for-both-{name}", partial(_with, one_tensor_for_both, call(name)), (F32, F64))
         for name in ("1d", "2d", "3d")
     ),
     *(Case(f"torch-nn-grad-{n}d", partial(torch_nn_grad, n), (F32, F64)) for n in (1, 2, 3)),

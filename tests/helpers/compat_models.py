@@ -1,4 +1,4 @@
-"""A whole model in stock torch, under `enable()`, and in float64: what it returns, and the gradients of its parameters."""
+"""A whole model in stock torch, under `enable()`, and in float64: what it returns, and its gradients."""
 
 from __future__ import annotations
 
@@ -64,7 +64,9 @@ def _differences(mine: Run, stock: Run, right: Run) -> list[str]:
         off, allowed = _distance(found, exact), TIMES_STOCK * _distance(torchs, exact)
         size = float(exact.double().nan_to_num(0, 0, 0).abs().max()) if exact.numel() else 0.0
         if not off <= allowed + SHARE * size + FLOOR * largest:
-            wrong.append(f"{name} is off by {off:.3g}, {allowed / TIMES_STOCK:.3g} in torch, with numbers to {size:.3g}")
+            wrong.append(
+                f"{name} is off by {off:.3g}, {allowed / TIMES_STOCK:.3g} in torch, with numbers to {size:.3g}"
+            )
     return wrong
 
 

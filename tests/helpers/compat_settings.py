@@ -96,7 +96,9 @@ def cast_in_a_custom_function(half: torch.dtype, on: Place) -> Any:
 def scaled_training(half: torch.dtype, blow_up: bool, on: Place) -> Any:
     """Three steps with a gradient scaler; where a gradient is not finite, the step is left out and the scale halved."""
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 4, 3, stride=2)).to(on.device, on.dtype)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 4, 3, stride=2)).to(
+        on.device, on.dtype
+    )
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
     scaler = torch.amp.GradScaler(on.device, init_scale=2.0**8)
     x, scales = on.randn(2, 3, 8, 8), []
@@ -268,7 +270,7 @@ def under(setting: Callable[[], Any], one: Call, on: Place) -> Any:
     return before, inside, backward(on, one)
 
 
-def differs_between_forward_and_backward(setting: Callable[[], Any], one: Call, on: Place) -> Any:
+def changed_for_backward(setting: Callable[[], Any], one: Call, on: Place) -> Any:
     leaves = on.tensors(one)
     y = convolve(one, *leaves)
     with setting():
@@ -314,7 +316,6 @@ def random_numbers(on: Place) -> Any:
     return y != 0, [(1e6 * t).long() for t in drawn]
 
 
-
 FLAGS = [
     *(
         Case(f"{name}-{kind}", partial(under, setting, call(kind)), (F32, F64), rounds_to=F16, rounds_on=("cuda",))
@@ -322,7 +323,12 @@ FLAGS = [
         for kind in ("2d", "2d-depthwise", "t2d-stride-output-padding", "3d")
     ),
     *(
-        Case(f"{name}-in-backward", partial(differs_between_forward_and_backward, setting, call("2d")), rounds_to=F16, rounds_on=("cuda",))
+        Case(
+            f"{name}-in-backward",
+            partial(changed_for_backward, setting, call("2d")),
+            rounds_to=F16,
+            rounds_on=("cuda",),
+        )
         for name, setting in SETTINGS.items()
     ),
     *(

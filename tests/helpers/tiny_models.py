@@ -1,7 +1,7 @@
 """Every architecture of `transformers` whose source has a convolution, built small: configuration, model, inputs.
 
 Found by reading the sources, so a new architecture is found too. A default configuration is made small by the names of
-its numbers; the few that need more have a row in `CHANGES`. What cannot be built or run this way stands in `SKIPPED`.
+its numbers alone. Which architectures can be built and run that way stands in `tests/compat/transformers.json`.
 """
 
 from __future__ import annotations
@@ -43,12 +43,6 @@ LISTS: tuple[tuple[str, Any], ...] = (
     (r"image_size|input_size|img_size", lambda old: [64] * len(old)),
     (r"conv_dim$", lambda old: [16] * len(old)),
 )  # fmt: skip
-
-# Of single architectures: what their configuration must have beside that.
-CHANGES: dict[str, dict[str, Any]] = {}
-
-# Why an architecture is not run, by its name.
-SKIPPED: dict[str, str] = {}
 
 
 def families() -> list[str]:
@@ -128,7 +122,7 @@ def model_classes(family: str) -> Iterator[Any]:
     )  # fmt: skip
 
 
-def build(family: str, kind: Any, level: str = "all") -> torch.nn.Module:
+def build(kind: Any, level: str = "all") -> torch.nn.Module:
     """A small model.
 
     Raises:
@@ -138,11 +132,6 @@ def build(family: str, kind: Any, level: str = "all") -> torch.nn.Module:
     torch.manual_seed(0)
     config = kind.config_class()
     shrink(config, level)
-    for name, value in CHANGES.get(family, {}).items():
-        home, _, last = name.rpartition(".")
-        for part in filter(None, home.split(".")):
-            config = getattr(config, part)
-        setattr(config, last, value)
     with torch.device("meta"):
         size = sum(p.numel() for p in kind(config).parameters())
     if size > MOST_PARAMETERS:
@@ -163,8 +152,8 @@ def inputs(model: Any, shape: str = "image") -> dict[str, Any]:
         return torch.randn(dims, generator=generator)
 
     def of(default: int, *names: str) -> int:
-        homes = [model.config, *(getattr(model.config, n, None) for n in ("vision_config", "backbone_config",
-                                                                           "audio_config", "encoder_config"))]  # fmt: skip
+        parts = ("vision_config", "backbone_config", "audio_config", "encoder_config")
+        homes = [model.config, *(getattr(model.config, part, None) for part in parts)]
         for home, name in ((home, name) for home in homes for name in names):
             value = getattr(home, name, None)
             value = value[0] if isinstance(value, (list, tuple)) and value else value
