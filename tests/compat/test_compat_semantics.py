@@ -16,9 +16,7 @@ def _fresh() -> Iterator[None]:
 
 
 @pytest.mark.parametrize(
-    "case",
-    [case for table in (*TABLES.values(), CASES) for case in table if "cpu" in case.devices],
-    ids=lambda case: case.id,
+    "case", cases("cpu", "layouts", "types", "sizes", "errors", "routes", "tensors"), ids=lambda case: case.id
 )
 def test_the_call_means_what_it_means_in_stock_torch(case: Case) -> None:
     check(case, "cpu", CPU_POLICIES)
