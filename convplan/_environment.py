@@ -86,9 +86,23 @@ def live_state() -> LiveState:
     return (
         torch.get_num_threads(),
         onednn_enabled(),
-        torch.get_float32_matmul_precision(),
+        matmul_precision("cpu"),
         _onednn_conv_precision(),
     )
+
+
+def matmul_precision(device: str) -> str:
+    """How torch may round float32 factors now: `highest` (not), `high` (TF32) or `medium` (bfloat16).
+
+    Torch refuses to read the old spelling once the new one was used for a backend of its own.
+    """
+    import torch
+
+    try:
+        return str(torch.get_float32_matmul_precision())
+    except RuntimeError:
+        allowed = torch._C._get_fp32_precision_getter("mkldnn" if device == "cpu" else "cuda", "matmul")
+        return {"bf16": "medium", "tf32": "high"}.get(str(allowed), "highest")
 
 
 def _onednn_conv_precision() -> str:
@@ -116,7 +130,7 @@ def current(device: str, index: int | None = None) -> Environment:
                 "where they run. `convplan configs --device` lists what there is for a GPU that is elsewhere"
             )
         place = torch.cuda.current_device() if index is None else index
-        return _cuda_environment(place, torch.get_float32_matmul_precision(), bool(torch.backends.cudnn.enabled))
+        return _cuda_environment(place, matmul_precision("cuda"), bool(torch.backends.cudnn.enabled))
     return Environment(device, (("torch", str(torch.__version__)),))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from convplan._environment import matmul_precision
 from convplan._problem import DTYPES, FLOAT_DTYPES, Problem, TensorSpec
 
 TORCH_DTYPES: dict[str, torch.dtype] = {
@@ -33,7 +34,7 @@ def dtype_refusal(problem: Problem) -> str:
 def may_use_tf32(problem: Problem) -> bool:
     """Whether torch's products of float32 matrices may round their factors to TF32 on the problem's device now."""
     cuda_float32 = problem.device == "cuda" and problem.dtype == "float32"
-    return cuda_float32 and torch.get_float32_matmul_precision() != "highest"
+    return cuda_float32 and matmul_precision("cuda") != "highest"
 
 
 def in_range(values: torch.Tensor, dtype: str) -> torch.Tensor:

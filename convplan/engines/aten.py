@@ -15,7 +15,8 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from enum import IntEnum
 from typing import Any
 
@@ -23,7 +24,7 @@ import torch
 
 from convplan._environment import onednn_computes, onednn_enabled
 from convplan._errors import PlanRejected
-from convplan._policy import Effort, Policy
+from convplan._policy import Effort, Policy, torch_flags
 from convplan._problem import DTYPES, Problem, TensorSpec
 from convplan.engines._support import deliver, dtype_refusal
 from convplan.engines.base import FALLBACK, LAST_RESORT, YES, Built, Candidate, EngineConfig, Run, Support, no
@@ -485,10 +486,37 @@ def _backward(problem: Problem, policy: Policy, padding: list[int], mask: list[b
 
     def run_with_flags(y: torch.Tensor, x: torch.Tensor, w: torch.Tensor) -> Sequence[torch.Tensor]:
         # Unlike the forward, torch's backward reads its flags from global state.
-        with torch.backends.cudnn.flags(enabled=cudnn, benchmark=False, deterministic=deterministic, allow_tf32=tf32):
+        with _cudnn_flags(cudnn, deterministic, tf32):
             return run(y, x, w)
 
     return run_with_flags
+
+
+@contextmanager
+def _cudnn_flags(enabled: bool, deterministic: bool, tf32: bool) -> Iterator[None]:
+    """Torch's flags as given, and no benchmark, inside the block.
+
+    Not torch's own scope where the precision need not change: it reads the old spelling, which torch refuses once the
+    new one was used.
+    """
+    if torch_flags().allow_tf32 != tf32:
+        flags = torch.backends.cudnn.flags
+        with flags(enabled=enabled, benchmark=False, deterministic=deterministic, allow_tf32=tf32):
+            yield
+        return
+    torch_c = torch._C
+    before = torch_c._get_cudnn_enabled(), torch_c._get_cudnn_benchmark(), torch_c._get_cudnn_deterministic()
+    _set_cudnn_flags(enabled, False, deterministic)
+    try:
+        yield
+    finally:
+        _set_cudnn_flags(*before)
+
+
+def _set_cudnn_flags(enabled: bool, benchmark: bool, deterministic: bool) -> None:
+    torch._C._set_cudnn_enabled(enabled)
+    torch._C._set_cudnn_benchmark(benchmark)
+    torch._C._set_cudnn_deterministic(deterministic)
 
 
 @functools.lru_cache(maxsize=8)

@@ -114,8 +114,11 @@ def output_strides(dims: Sequence[int], x: torch.Tensor, w: torch.Tensor, args: 
     """The strides that torch gives an output, also where a size-1 dimension leaves them open.
 
     Torch computes one spatial dimension as two, from an input that it makes contiguous first, so that the weight alone
-    decides. Its own 3-D kernels for the CPU, which serve what oneDNN does not, know only contiguous results.
+    decides. Its own 3-D kernels for the CPU, which serve what oneDNN does not, know only contiguous results, and so do
+    its kernels for a GPU that serve what cuDNN does not.
     """
+    if x.device.type == "cuda" and not _cudnn_may_choose(x, w, args):
+        return contiguous_strides(dims)
     if len(dims) == 5 and x.device.type == "cpu" and not _onednn_takes(x, w, args):
         return contiguous_strides(dims)
     seen = (w.unsqueeze(2),) if len(dims) == 3 else (x, w)
@@ -127,6 +130,18 @@ def output_layout(x: torch.Tensor, w: torch.Tensor, args: ConvArgs) -> str:
     any_dims = (2,) * x.dim()
     strides = output_strides(any_dims, x, w, args)
     return "channels_last" if strides == channels_last_strides(any_dims) else "contiguous"
+
+
+def _cudnn_may_choose(x: torch.Tensor, w: torch.Tensor, args: ConvArgs) -> bool:
+    """Torch gives the convolution to cuDNN, and lets the tensors decide about the layout: of float64 it does not."""
+    if x.dtype == torch.float64:
+        return False
+    outer = list(args.output_padding)
+    padding = [before for before, _ in args.padding]
+    chosen = torch._C._select_conv_backend(
+        x, w, None, list(args.stride), padding, list(args.dilation), args.transposed, outer, args.groups
+    )
+    return chosen.name in ("Cudnn", "CudnnTranspose")
 
 
 def _onednn_takes(x: torch.Tensor, w: torch.Tensor, args: ConvArgs) -> bool:
@@ -203,7 +218,11 @@ def transposed_padding(args: ConvArgs) -> tuple[tuple[int, int], ...]:
         NotExpressible: there is not enough padding to take away.
     """
     pairs = []
-    for (before, after), outer, step in zip(args.padding, args.output_padding, args.stride, strict=True):
+    for (before, after), outer, step, dil in zip(
+        args.padding, args.output_padding, args.stride, args.dilation, strict=True
+    ):
+        if outer >= max(step, dil):
+            raise NotExpressible(f"output_padding is {outer} with stride {step} and dilation {dil}; torch refuses it")
         less = outer if outer >= step else 0
         if less > after:
             raise NotExpressible(

@@ -16,11 +16,12 @@ import warnings
 import weakref
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 
 from convplan import _runtime
+from convplan._environment import matmul_precision
 from convplan._errors import CaptureMiss, ConvPlanError, ReplayMiss, SpecError
 from convplan._policy import Policy
 from convplan._problem import Problem
@@ -42,6 +43,7 @@ Tensor = torch.Tensor
 Forward = Callable[[Tensor, Tensor, "Tensor | None"], Tensor]
 Gradients = tuple["Tensor | None", "Tensor | None", "Tensor | None"]
 Backward = Callable[[Tensor, Tensor, Tensor], Gradients]
+Result = TypeVar("Result")
 
 NO_GRADIENTS = (False, False)
 
@@ -69,23 +71,21 @@ def live_flags(device: int, dtype: torch.dtype | None = None) -> tuple[object, .
         device: index of the GPU, -1 for the CPU.
         dtype: of the tensors. Only float32 on a GPU has precisions to choose from; None: any.
     """
+    if device >= 0 and dtype is not _FLOAT32 and dtype is not None:
+        return _algorithms_deterministic(), _cudnn_deterministic(), _cudnn_enabled()
+    try:
+        precision = _matmul_precision()
+    except RuntimeError:  # the new spelling was used
+        precision = matmul_precision("cpu" if device < 0 else "cuda")
     if device < 0:
-        return (
-            _num_threads(),
-            _onednn_enabled(),
-            _matmul_precision(),
-            _algorithms_deterministic(),
-            _cudnn_deterministic(),
-        )
-    if dtype is _FLOAT32 or dtype is None:
-        return (
-            _algorithms_deterministic(),
-            _cudnn_deterministic(),
-            _cudnn_enabled(),
-            _matmul_precision(),
-            _fp32_precision("cuda", "conv"),
-        )
-    return _algorithms_deterministic(), _cudnn_deterministic(), _cudnn_enabled()
+        return _num_threads(), _onednn_enabled(), precision, _algorithms_deterministic(), _cudnn_deterministic()
+    return (
+        _algorithms_deterministic(),
+        _cudnn_deterministic(),
+        _cudnn_enabled(),
+        precision,
+        _fp32_precision("cuda", "conv"),
+    )
 
 
 class _Seen:
@@ -144,7 +144,11 @@ def _forward(
         and dilation == seen.dilation
         and transposed is seen.transposed
         and output_padding == seen.output_padding
-        and (bias is None if seen.bias is None else bias is not None and (bias.shape, bias.dtype) == seen.bias)
+        and (
+            bias is None
+            if seen.bias is None
+            else bias is not None and (bias.shape, bias.dtype, bias.get_device()) == seen.bias
+        )
         and _algorithms_deterministic() is seen.algorithms_deterministic
         and _cudnn_deterministic() is seen.cudnn_deterministic
         and _cudnn_enabled() is seen.cudnn_enabled
@@ -157,9 +161,9 @@ def _forward(
     flags = live_flags(device, x.dtype)
     key = (
         token, x.shape, x.stride(), x.dtype, w.shape, w.stride(), w.dtype,
-        None if bias is None else (bias.shape, bias.dtype),
+        None if bias is None else (bias.shape, bias.dtype, bias.get_device()),
         (*stride, *padding, *dilation, transposed, *output_padding, groups),
-        device, ALIGNMENT_BYTES[x.data_ptr() & 31], ALIGNMENT_BYTES[w.data_ptr() & 31], flags,
+        device, w.get_device(), ALIGNMENT_BYTES[x.data_ptr() & 31], ALIGNMENT_BYTES[w.data_ptr() & 31], flags,
     )  # fmt: skip
     callers = local.callers
     caller = callers.get(key)
@@ -234,7 +238,7 @@ def _backward(
     key = (
         token, dy.shape, dy.stride(), dy.dtype, x.shape, x.stride(), x.dtype, w.shape, w.stride(), w.dtype,
         (*stride, *padding, *dilation, transposed, *output_padding, groups, *output_mask),
-        None if bias_sizes is None else tuple(bias_sizes), device,
+        None if bias_sizes is None else tuple(bias_sizes), device, w.get_device(), dy.get_device(),
         ALIGNMENT_BYTES[dy.data_ptr() & 31], ALIGNMENT_BYTES[x.data_ptr() & 31], ALIGNMENT_BYTES[w.data_ptr() & 31],
         flags,
     )  # fmt: skip
@@ -259,6 +263,45 @@ def _backward(
     if type(caller) is _Watching:
         _replace_settled(key, caller)
     return result
+
+
+class _StockOnly:
+    """Stands in for a thread's table of calls, and for its cache of callers: every call is stock torch's."""
+
+    crowded = True  # so that nobody keeps the caller
+
+    def __init__(self, caller: Forward | None) -> None:
+        self._caller = caller
+        self.hits = [0]
+
+    def get(self, key: Hashable) -> Forward | None:
+        return self._caller
+
+    def move_to_end(self, key: Hashable) -> None:
+        pass
+
+
+def _traced(keyset: torch._C.DispatchKeySet, x: Tensor, w: Tensor, bias: Tensor | None, *rest: Any) -> Tensor:
+    """`aten::convolution` while `torch.jit.trace` records: the trace must hold torch's convolution, not our inside.
+
+    Sizes are tensors then, and looking at them would be recorded too. Only `_forward` of this thread runs below, and it
+    finds stock torch's kernel, by a way that costs nothing while nobody traces.
+    """
+
+    def stock(x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
+        kernel, stock_keyset = stock_forward(x.device.type)
+        result: Tensor = kernel.call_boxed(stock_keyset, x, w, bias, *rest)
+        return result
+
+    before: Any = local.forwards, local.callers
+    table, cache = cast(Any, _StockOnly(None)), cast(Any, _StockOnly(stock))
+    local.forwards, local.callers = table, cache
+    try:
+        below = keyset.remove(torch._C._dispatch_key_parse("Tracer"))
+        found: Tensor = torch.ops.aten.convolution.default.redispatch(below, x, w, bias, *rest)
+        return found
+    finally:
+        local.forwards, local.callers = before
 
 
 def _replace_settled(key: Hashable, caller: _Watching) -> None:
@@ -324,9 +367,7 @@ def _new_forward(x: Tensor, w: Tensor, bias: Tensor | None, raw: RawArgs) -> For
                 try:
                     return planned.recover(exc, x, w, bias)
                 except ConvPlanError as last:
-                    note_fallback(last)
-                    drop_tensors(last)
-                    return stock(x, w, bias)
+                    return instead(last, lambda: stock(x, w, bias))
 
         return forward
 
@@ -371,9 +412,7 @@ def _new_backward(
             if for_weight is not None:
                 dw = for_weight(dy, x, None) if swapped else for_weight(x, dy, None)
         except ConvPlanError as exc:
-            note_fallback(exc)
-            drop_tensors(exc)
-            return stock(dy, x, w, mask)
+            return instead(exc, lambda: stock(dy, x, w, mask))
         if left[0] or left[1]:
             rest = stock(dy, x, w, left)
             dx, dw = rest[0] if left[0] else dx, rest[1] if left[1] else dw
@@ -485,6 +524,20 @@ class _Planned:
             return self.recover(exc, first, second, bias)
 
 
+def instead(exc: ConvPlanError, stock: Callable[[], Result]) -> Result:
+    """What stock torch computes where no plan could; if it cannot either, its error and not a word of convplan's.
+
+    Raises:
+        ReplayMiss: it was the reason.
+    """
+    if isinstance(exc, ReplayMiss):
+        raise exc
+    drop_tensors(exc)
+    result = stock()
+    note_fallback(exc)
+    return result
+
+
 def note_fallback(exc: ConvPlanError, policy: Policy | None = None) -> None:
     """Say once that stock torch steps in; but a miss that the policy makes an error of is raised."""
     if isinstance(exc, ReplayMiss) or (
@@ -512,6 +565,7 @@ def _install() -> None:
                 for device in devices:
                     library.impl("convolution", _forward, device)
                     library.impl("convolution_backward", _backward, device)
+                library.impl("convolution", _traced, "Tracer", with_keyset=True)
         except BaseException:
             library._destroy()  # half of it must not stay behind
             raise
