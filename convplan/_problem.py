@@ -354,6 +354,20 @@ class Problem(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
             device=device,
         )
 
+    @classmethod
+    def parse(cls, text: str) -> Problem:
+        """The problem that `str(problem)` wrote, as logs and errors show it: `Problem.parse(str(problem)) == problem`.
+
+        Args:
+            text: one line of at most 1,000 characters. What stands between dtypes and device may come in any order.
+
+        Raises:
+            SpecError: it is no such line, or its sizes do not fit together.
+        """
+        from convplan._problem_text import parse_problem
+
+        return parse_problem(text)
+
     @property
     def spatial_rank(self) -> int:
         """Number of spatial dimensions: 1, 2 or 3."""
