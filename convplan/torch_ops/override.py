@@ -21,8 +21,10 @@ import torch
 
 from convplan import _runtime
 from convplan._errors import CaptureMiss, ConvPlanError, ReplayMiss, SpecError
+from convplan._plan import Plan
 from convplan._policy import Policy
 from convplan._problem import Problem
+from convplan._ranges import ranged
 from convplan._runtime import Observe, Runner, counts, drop_tensors, local, state, warn_once
 from convplan.engines.aten import stock_backward, stock_forward
 from convplan.engines.base import Run
@@ -378,7 +380,7 @@ def _new_backward(
     def make() -> Backward:
         if not raw[3] and all(one.settled_as == "convolution_backward" for one in planned):
             # One call computes all of it, the bias's gradient too, as it does in stock torch.
-            return lambda dy, x, w: stock(dy, x, w, mask)
+            return ranged(lambda dy, x, w: stock(dy, x, w, mask), *(one.plan for one in planned))
         if left[0] or left[1] or not all(one.settled for one in planned):
             return carefully
         run_input = None if for_input is None else for_input.run
@@ -413,6 +415,7 @@ def _planned(
         problem, x, w = make(args)
     except SpecError as exc:
         log.debug("left to torch: %s", exc)
+        counts.add("left_to_torch")
         return None
     if problem.is_empty:
         return None
@@ -442,6 +445,11 @@ class _Planned:
         self.settled, self.settled_as = False, ""
         self.run: Run = self._restrided(runner)
         self.settle()
+
+    @property
+    def plan(self) -> Plan:
+        """What runs the problem now."""
+        return self._runner.plan
 
     def settle(self) -> bool:
         """Take over the bare plan once nothing but a new token can change the choice; whether that is so."""
