@@ -98,9 +98,9 @@ class _Seen:
 
     __slots__ = (
         "algorithms_deterministic", "bias", "caller", "cudnn_deterministic", "cudnn_enabled", "device", "dilation",
-        "dtype", "dy_dtype", "dy_low", "dy_shape", "dy_strides", "few_flags", "flags", "groups", "hits", "mask",
-        "output_padding", "padding", "stride", "token", "transposed", "w_dtype", "w_shape", "w_strides", "x_low",
-        "x_shape", "x_strides",
+        "dtype", "dy_dtype", "dy_low", "dy_shape", "dy_strides", "failed", "few_flags", "flags", "groups", "hits",
+        "mask", "output_padding", "padding", "run", "stride", "token", "transposed", "w_dtype", "w_shape", "w_strides",
+        "x_low", "x_shape", "x_strides",
     )  # fmt: skip
 
     def __init__(self, x: Tensor, w: Tensor, flags: tuple[object, ...], **parts: Any) -> None:
@@ -109,7 +109,7 @@ class _Seen:
         self.dtype, self.device, self.hits = x.dtype, x.get_device(), local.callers.hits
         for name, value in parts.items():
             setattr(self, name, value)
-        # Three of the flags are compared one by one, and for most tensors on a GPU there are no others.
+        # For most tensors on a GPU there are three flags, which are compared one by one, without a tuple of them.
         self.algorithms_deterministic, self.cudnn_deterministic = _algorithms_deterministic(), _cudnn_deterministic()
         self.cudnn_enabled = _cudnn_enabled()
         self.flags, self.few_flags = flags, len(flags) == 3
@@ -146,13 +146,19 @@ def _forward(
         and transposed is seen.transposed
         and output_padding == seen.output_padding
         and (bias is None if seen.bias is None else bias is not None and (bias.shape, bias.dtype) == seen.bias)
-        and _algorithms_deterministic() is seen.algorithms_deterministic
-        and _cudnn_deterministic() is seen.cudnn_deterministic
-        and _cudnn_enabled() is seen.cudnn_enabled
-        and (seen.few_flags or live_flags(seen.device, seen.dtype) == seen.flags)
+        and (
+            _algorithms_deterministic() is seen.algorithms_deterministic
+            and _cudnn_deterministic() is seen.cudnn_deterministic
+            and _cudnn_enabled() is seen.cudnn_enabled
+            if seen.few_flags
+            else live_flags(seen.device, seen.dtype) == seen.flags
+        )
     ):
         seen.hits[0] += 1
-        found: Tensor = seen.caller(x, w, bias)
+        try:  # the plan itself: one frame less than its caller
+            found: Tensor = seen.run(x, w, bias, None)
+        except Exception as exc:  # whatever an engine raises, the convolution must still be computed
+            found = seen.failed(exc, x, w, bias)
         return found
     token, device = state.token, x.get_device()
     flags = live_flags(device, x.dtype)
@@ -169,8 +175,9 @@ def _forward(
         if callers.crowded:
             callers.move_to_end(key)
         elif type(caller) is not _Watching:
+            run, failed = getattr(caller, "bare", None) or (_with_out(caller), _raised)
             seen = _Seen(
-                x, w, caller=caller, token=token, flags=flags, bias=key[7], stride=stride, padding=padding,
+                x, w, run=run, failed=failed, token=token, flags=flags, bias=key[7], stride=stride, padding=padding,
                 dilation=dilation, transposed=transposed, output_padding=output_padding, groups=groups,
             )  # fmt: skip
             local.keep_seen(local.forwards, w.data_ptr(), seen)
@@ -222,10 +229,13 @@ def _backward(
         and output_padding == seen.output_padding
         and output_mask == seen.mask
         and bias_sizes == seen.bias
-        and _algorithms_deterministic() is seen.algorithms_deterministic
-        and _cudnn_deterministic() is seen.cudnn_deterministic
-        and _cudnn_enabled() is seen.cudnn_enabled
-        and (seen.few_flags or live_flags(seen.device, seen.dtype) == seen.flags)
+        and (
+            _algorithms_deterministic() is seen.algorithms_deterministic
+            and _cudnn_deterministic() is seen.cudnn_deterministic
+            and _cudnn_enabled() is seen.cudnn_enabled
+            if seen.few_flags
+            else live_flags(seen.device, seen.dtype) == seen.flags
+        )
     ):
         seen.hits[0] += 1
         found: Gradients = seen.caller(dy, x, w)
@@ -267,6 +277,15 @@ def _replace_settled(key: Hashable, caller: _Watching) -> None:
     settled = caller.settled()
     if settled is not None and key in local.callers:
         local.callers[key] = settled
+
+
+def _with_out(caller: Forward) -> Run:
+    """A caller as plans are called, with an `out` that is never given."""
+    return lambda x, w, bias, out: caller(x, w, bias)
+
+
+def _raised(exc: Exception, x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
+    raise exc
 
 
 RawArgs = tuple[list[int], list[int], list[int], bool, list[int], int]
@@ -315,17 +334,21 @@ def _new_forward(x: Tensor, w: Tensor, bias: Tensor | None, raw: RawArgs) -> For
     def make() -> Forward:
         run = planned.run
 
+        def failed(exc: Exception, x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
+            try:
+                return planned.recover(exc, x, w, bias)
+            except ConvPlanError as last:
+                note_fallback(last)
+                drop_tensors(last)
+                return stock(x, w, bias)
+
         def forward(x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
             try:
                 return run(x, w, bias, None)
             except Exception as exc:  # whatever an engine raises, the convolution must still be computed
-                try:
-                    return planned.recover(exc, x, w, bias)
-                except ConvPlanError as last:
-                    note_fallback(last)
-                    drop_tensors(last)
-                    return stock(x, w, bias)
+                return failed(exc, x, w, bias)
 
+        forward.bare = run, failed  # type: ignore[attr-defined]  # for those who call them without this frame
         return forward
 
     return make() if planned.settled else _Watching(make(), [planned], make)
