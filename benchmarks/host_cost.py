@@ -4,9 +4,9 @@
     python benchmarks/host_cost.py --parts hits,profile --device cuda --out results   # a GPU's columns beside the CPU's
     python benchmarks/host_cost.py --profile           # only where each microsecond of a hit goes, on stdout
 
-Each figure comes from processes of its own, several of them, and is their median. Run it on an idle machine. What a part
-finds replaces that part alone of the results, and hits and profiles are kept by device: so one table shows the CPU and a
-GPU that is in another machine.
+Each figure comes from processes of its own, several of them, and is their median. Run it on an idle machine. What a
+part finds replaces that part alone of the results, and hits and profiles are kept by device: so one table shows the CPU
+and a GPU that is in another machine.
 """
 
 from __future__ import annotations
@@ -185,11 +185,9 @@ def profile_lines(profile: dict[str, Any]) -> list[str]:
             f"{device}, {runs[0]['config']}, {ratio:.2f} of stock torch (commit {one['commit']}; {one['machine']})"
         ]
         lines += ["", "| stage | us |", "|---|---|"]
-        for part, indent in (("stages", ""), ("parts_of_the_run", "a part, timed alone: ")):
-            lines += [
-                f"| {indent}{name} | {statistics.median(run[part][name] for run in runs):.2f} |"
-                for name in runs[0][part]
-            ]
+        for part, begin in (("stages", ""), ("parts_of_the_run", "a part, timed alone: ")):
+            for name in runs[0][part]:
+                lines.append(f"| {begin}{name} | {statistics.median(run[part][name] for run in runs):.2f} |")
         lines.append("")
     return lines[:-1]
 
