@@ -126,7 +126,8 @@ class TensorSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, cache_
         if not 3 <= len(self.dims) <= 5:
             raise SpecError(f"tensor dims are {self.dims}: found {len(self.dims)}, expected 3, 4 or 5 (N, C, spatial)")
         if len(self.strides) != len(self.dims):
-            raise SpecError(f"tensor strides {self.strides} have {len(self.strides)} entries, dims {self.dims} differ")
+            found = f"tensor strides {self.strides} have {len(self.strides)} entries"
+            raise SpecError(f"{found}, dims {self.dims} differ, expected as many")
         if min(self.dims) < 0 or math.prod(max(d, 1) for d in self.dims) > MAX_ELEMENTS:
             raise SpecError(f"tensor dims are {self.dims}, expected sizes >= 0 and at most 2**48 elements")
         if any(not 0 <= s <= MAX_ELEMENTS for s in self.strides):

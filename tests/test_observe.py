@@ -100,6 +100,15 @@ def test_pythons_logging_has_one_logger_for_each_part(caplog: pytest.LogCaptureF
     assert "left to torch" in said["convplan.override"]
 
 
+def test_every_logger_is_in_the_docs() -> None:
+    sources = (path.read_text(encoding="utf-8") for path in (ROOT / "convplan").rglob("*.py"))
+    used = {name for source in sources for name in re.findall(r'getLogger\("([\w.]+)"\)', source)}
+    page = (ROOT / "docs" / "observe.md").read_text(encoding="utf-8")
+    assert len(used) > 5
+    assert {name for name in used if f"`{name}`" not in page} == set()
+    assert all(name.startswith("convplan.") for name in used)
+
+
 # --- ranges
 
 
