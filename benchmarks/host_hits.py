@@ -145,14 +145,16 @@ def step(case: Case, layers: Layers, ours: Callable[..., Tensor] | None) -> Call
     return both
 
 
-def timed_us(call: Callable[[], object], device: str, calls: int = 4) -> float:
-    """Host microseconds of a call, which may leave work to the GPU."""
+def timed_us(call: Callable[[], object], device: str, calls: int = 5) -> float:
+    """Host microseconds of a call, which may leave work to the GPU: the middle of a few, as some are interrupted."""
     if device == "cuda":
         torch.cuda.synchronize()
-    begin = time.perf_counter()
+    times_us = []
     for _ in range(calls):
+        begin = time.perf_counter()
         call()
-    return (time.perf_counter() - begin) / calls * 1e6
+        times_us.append((time.perf_counter() - begin) * 1e6)
+    return statistics.median(times_us)
 
 
 # --- where the time of a hit goes
