@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from convplan._api import Capture, capture, plan, problem, stats, tune
+    from convplan._api import Capture, Stats, capture, plan, problem, profiling, stats, tune
     from convplan._errors import (
         CaptureMiss,
         ConvPlanError,
@@ -57,7 +57,7 @@ if TYPE_CHECKING:
     from convplan.torch_ops.override import disable, enable, enabled
 
 _HOMES = {
-    "convplan._api": ("Capture", "capture", "plan", "problem", "stats", "tune"),
+    "convplan._api": ("Capture", "Stats", "capture", "plan", "problem", "profiling", "stats", "tune"),
     "convplan._errors": (
         "CaptureMiss",
         "ConvPlanError",
@@ -120,6 +120,7 @@ __all__ = [
     "Problem",
     "ReplayMiss",
     "SpecError",
+    "Stats",
     "StoreBusy",
     "StoreError",
     "StoreMismatch",
@@ -144,6 +145,7 @@ __all__ = [
     "import_plans",
     "plan",
     "problem",
+    "profiling",
     "register_engine",
     "stats",
     "tune",

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, overload
 
 import msgspec
 
-from convplan import _runtime
+from convplan import _ranges, _runtime
 from convplan._agreement import start_of
 from convplan._errors import SpecError
 from convplan._plan import PlanRecord
@@ -273,19 +273,75 @@ def _collect(problems: Iterable[Problem] | Problem | Callable[..., object], args
     return list(seen) if differentiated else [*seen, *seen.gradients]
 
 
-def stats(reset: bool = False) -> dict[str, int]:
+class Stats(dict[str, int]):
+    """What happened in this process so far: counters by their names, and beside them what is no counter.
+
+    Attributes:
+        planning_s: seconds that planning took, tuning included, in all threads together.
+        tuning_s: of these, seconds for problems that were measured.
+        engines: for each engine, how many of the problems that this process remembers now run by it. This is no
+            counter, and a reset leaves it.
+    """
+
+    def __init__(
+        self, counters: dict[str, int], *, planning_s: float, tuning_s: float, engines: dict[str, int]
+    ) -> None:
+        super().__init__(counters)
+        self.planning_s, self.tuning_s, self.engines = planning_s, tuning_s, engines
+
+
+def stats(reset: bool = False) -> Stats:
     """What happened in this process so far.
 
     Args:
-        reset: set every counter to zero after reading.
+        reset: set every counter, and the seconds, to zero after reading.
 
     Returns:
-        hits: calls that found their plan ready; misses: calls that did not. planned: problems planned anew, of which
-        tuned: by measuring. from_store: problems whose plan the store held. from_relative: problems that run by the
-        choice of a tuned relative. from_rank: plans taken over from another rank of the job. replay_misses: times that
-        replay mode did not find a problem in the store, whether it raised or ran an untuned plan. restored: plans made
-        ready from their serialized form. compiled: plans that had to be compiled at run time to be made ready, beside
-        what planning tries. fell_back: times that a next-ranked plan or stock torch stepped in. failed: plannings that
-        found nothing, and plans that failed while running.
+        A dictionary, with times and engines as attributes (see `Stats`). hits: calls that found their plan ready;
+        misses: calls that did not. planned: problems planned anew, of which tuned: by measuring. from_store:
+        problems whose plan the store held. from_relative: problems that run by the choice of a tuned relative.
+        from_rank: plans taken over from another rank of the job. replay_misses: times that replay mode did not find
+        a problem in the store, whether it raised or ran an untuned plan. restored: plans made ready from their
+        serialized form. compiled: plans that had to be compiled at run time to be made ready, beside what planning
+        tries. fell_back: times that a next-ranked plan or stock torch stepped in. failed: plannings that found
+        nothing, and plans that failed while running. left_to_torch: misses for which convplan does not plan, such
+        as those of integers. capture_misses: problems met in a CUDA graph's capture without a plan.
     """
-    return _runtime.counts.read(reset)
+    counters, spent_s = _runtime.counts.read(reset)
+    return Stats(counters, **spent_s, engines=_runtime._choices.engines())
+
+
+class _Profiling:
+    """What `profiling` returns: gives back, at the end of a `with` block, what held before."""
+
+    def __init__(self, before: bool) -> None:
+        self._before = before
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *raised: object) -> None:
+        _switch_ranges(self._before)
+
+
+def profiling(on: bool = True) -> AbstractContextManager[None]:
+    """Give every run of a plan a range of its own in profilers, named after engine, knobs and problem.
+
+    Holds at once and for all threads, also for plans that are in use already; as a `with` statement, until its block
+    ends. At first the environment variable `CONVPLAN_RANGES` decides (1: on; default off). Off, ranges cost nothing;
+    on, a few microseconds a call.
+
+    Args:
+        on: True: `torch.profiler` shows the ranges, and on a GPU so do tools that read NVTX. False: no ranges.
+    """
+    if not isinstance(on, bool):
+        raise TypeError(f"found {on!r}, expected True or False")
+    before = _ranges.switch.on
+    _switch_ranges(on)
+    return _Profiling(before)
+
+
+def _switch_ranges(on: bool) -> None:
+    if _ranges.switch.on != on:
+        _ranges.switch.on = on
+        _runtime.state.touch()  # every caller binds its plan anew

@@ -15,6 +15,7 @@ from convplan._key import plan_key
 from convplan._limits import Limit, Peaks, limit_us
 from convplan._policy import Effort, Policy
 from convplan._problem import Problem, TensorSpec, normalize_strides
+from convplan._ranges import ranged
 from convplan.engines.base import Built, Engine, EngineConfig, Notes, Restoring, Run
 
 if TYPE_CHECKING:
@@ -231,9 +232,10 @@ class Plan:
 
         try:
             with torch.no_grad(), torch.autocast(first.device.type, enabled=False):
+                run = ranged(self.unchecked_run, self)
                 if out is not None and shares_memory(out, (first, second, bias)):
-                    return out.copy_(self.unchecked_run(first, second, bias, None))
-                return self.unchecked_run(first, second, bias, out)
+                    return out.copy_(run(first, second, bias, None))
+                return run(first, second, bias, out)
         except RuntimeError as exc:
             raise ExecutionFailed(plan=f"{self.problem}", tried=[(str(self.config), str(exc))]) from exc
 

@@ -126,7 +126,8 @@ class TensorSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, cache_
         if not 3 <= len(self.dims) <= 5:
             raise SpecError(f"tensor dims are {self.dims}: found {len(self.dims)}, expected 3, 4 or 5 (N, C, spatial)")
         if len(self.strides) != len(self.dims):
-            raise SpecError(f"tensor strides {self.strides} have {len(self.strides)} entries, dims {self.dims} differ")
+            found = f"tensor strides {self.strides} have {len(self.strides)} entries"
+            raise SpecError(f"{found}, dims {self.dims} differ, expected as many")
         if min(self.dims) < 0 or math.prod(max(d, 1) for d in self.dims) > MAX_ELEMENTS:
             raise SpecError(f"tensor dims are {self.dims}, expected sizes >= 0 and at most 2**48 elements")
         if any(not 0 <= s <= MAX_ELEMENTS for s in self.strides):
@@ -353,6 +354,20 @@ class Problem(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
             epilogue=epilogue or Epilogue(),
             device=device,
         )
+
+    @classmethod
+    def parse(cls, text: str) -> Problem:
+        """The problem that `str(problem)` wrote, as logs and errors show it: `Problem.parse(str(problem)) == problem`.
+
+        Args:
+            text: one line of at most 1,000 characters. What stands between dtypes and device may come in any order.
+
+        Raises:
+            SpecError: it is no such line, or its sizes do not fit together.
+        """
+        from convplan._problem_text import parse_problem
+
+        return parse_problem(text)
 
     @property
     def spatial_rank(self) -> int:

@@ -301,7 +301,7 @@ def write_problems(
         PlanFileError: the file cannot be written.
     """
     file = Path(path)
-    entries = tuple(_entry(_with_name(problem, index)) for index, problem in enumerate(problems))
+    entries = tuple(_entry(with_name(problem, index)) for index, problem in enumerate(problems))
     text = msgspec.json.format(msgspec.json.encode(ProblemFile(comment=comment, problems=entries)), indent=1)
     partial = file.with_name(f".{file.name}.{os.getpid()}.partial")
     try:
@@ -398,12 +398,13 @@ def _named(entry: ProblemEntry, problem: Problem) -> NamedProblem:
     )
 
 
-def _with_name(problem: Problem | NamedProblem, index: int) -> NamedProblem:
+def with_name(problem: Problem | NamedProblem, index: int, name: str = "") -> NamedProblem:
+    """A problem by a name: its own, the given one, or one made of its position and operation."""
     if isinstance(problem, NamedProblem):
         return problem
     # A bias on a dgrad problem only comes from a transposed convolution.
     return NamedProblem(
-        name=f"{index:04d}-{problem.op}",
+        name=name or f"{index:04d}-{problem.op}",
         problem=problem,
         transposed=problem.op == "dgrad" and problem.epilogue.bias,
         allow_tf32=problem.dtype == "float32",

@@ -19,6 +19,7 @@ import time
 import traceback
 import warnings
 import weakref
+from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -36,6 +37,7 @@ from convplan._plan import Evidence, Plan, PlanRecord
 from convplan._planner import find_plans
 from convplan._policy import EFFORTS, Effort, Policy
 from convplan._problem import Problem
+from convplan._ranges import ranged
 from convplan._relatives import RELATIVE, plan_like
 from convplan.engines import registry
 from convplan.engines.base import LAST_RESORT, Restoring
@@ -66,7 +68,10 @@ COUNTERS = (
     "compiled",
     "fell_back",
     "failed",
+    "left_to_torch",
+    "capture_misses",
 )
+SECONDS = ("planning_s", "tuning_s")  # the second is part of the first
 # Times `tune_after`: how many shapes make a family worth tuning, and how many sightings make a problem worth it that
 # has a near relative's choice already, beyond which little is to be gained. An untuned GPU plan costs its engine's
 # lists, 7 to 20 ms (H200, cuDNN 9.19): with `tune_after=2`, those of 16 shapes have cost about what one tuning does.
@@ -115,6 +120,7 @@ class _Counts:
         self.since = time.perf_counter()
         self.families_s = 0.0  # of the seconds below, those for the sake of families
         self.tuning_s = 0.0  # spent on problems that programs met; what was asked for by name is not in it
+        self._spent_s = dict.fromkeys(SECONDS, 0.0)
         self._hit_cells: list[list[int]] = []
 
     def renew_lock(self) -> None:
@@ -124,6 +130,11 @@ class _Counts:
     def add(self, name: str) -> None:
         with self._lock:
             self._rare[name] += 1
+
+    def spend(self, name: str, seconds: float) -> None:
+        """Add to one of `SECONDS`."""
+        with self._lock:
+            self._spent_s[name] += seconds
 
     def new_hit_cell(self, owner: object) -> list[int]:
         """A cell for the calling thread; its count is kept when `owner`, which lives as long as the thread, goes."""
@@ -138,14 +149,16 @@ class _Counts:
             self._rare["hits"] += cell[0]
             self._hit_cells = [c for c in self._hit_cells if c is not cell]
 
-    def read(self, reset: bool) -> dict[str, int]:
+    def read(self, reset: bool) -> tuple[dict[str, int], dict[str, float]]:
         with self._lock:
             seen = {**self._rare, "hits": self._rare["hits"] + sum(cell[0] for cell in self._hit_cells)}
+            spent_s = dict(self._spent_s)
             if reset:
                 self._rare = dict.fromkeys(COUNTERS, 0)
+                self._spent_s = dict.fromkeys(SECONDS, 0.0)
                 for cell in self._hit_cells:
                     cell[0] = 0
-            return seen
+            return seen, spent_s
 
 
 class _Anchor:
@@ -321,6 +334,12 @@ class _Choices:
                 found = _Choice()
             self._kept.add(key, found)
             return found
+
+    def engines(self) -> dict[str, int]:
+        """For each engine, how many of the choices are its."""
+        with self._lock:
+            records = [choice.record for choice in (self._kept or {}).values()]
+        return dict(Counter(record.config.engine for record in records if record is not None))
 
     def clear(self) -> None:
         with self._lock:
@@ -697,11 +716,13 @@ def _plan(
     if found.plan is not None:
         choice.hand_over(record, found.plan)
     counts.add("planned")
+    counts.spend("planning_s", record.planning_s)
     if all(evidence.source == LAST_RESORT for evidence in record.ranking):
         counts.add("fell_back")
         log.info("nothing but torch's own kernel runs %s", problem)
     if effort != "instant":
         counts.add("tuned")
+        counts.spend("tuning_s", record.planning_s)
         _relatives.add(record)
     store().learn(learned_from(record))
     if keep:
@@ -778,6 +799,7 @@ class Runner:
         self._device = device
         with on_device(device):
             if in_graph_capture(device):
+                counts.add("capture_misses")
                 raise CaptureMiss(problem=str(problem), policy=str(policy))
             self._choice, self._record = decide(problem, policy, layer)
             self._take(self._record)
@@ -787,7 +809,8 @@ class Runner:
         self._record = record
         self.settled = self._choice.gave_up or is_settled(record, self._policy.resolve())
         self._plan = self._build()
-        self._run = self._plan.bound_run()
+        self._run: Run = ranged(self._plan.bound_run(), self._plan)
+        log.debug("%s runs by %s (effort %s)", self._problem, self._plan.config, self._record.effort)
 
     def _build(self) -> Plan:
         """Build the record's choice, or the first of those ranked after it that still builds."""
@@ -839,6 +862,11 @@ class Runner:
     def unwatched(self) -> Run | None:
         """The bare plan once nothing but a new token can change the choice; its failures are for `recover`."""
         return self._run if self.settled else None
+
+    @property
+    def plan(self) -> Plan:
+        """What runs the problem now."""
+        return self._plan
 
     @property
     def settled_as(self) -> str:
@@ -899,7 +927,7 @@ class Runner:
                 )
                 counts.add("fell_back")
                 self._demote(record, failed)
-                self._plan, self._run = plan, plan.unchecked_run
+                self._plan, self._run = plan, ranged(plan.unchecked_run, plan)
                 return result
         tried = [(str(config), reason) for config, reason in failed.items()]
         raise ExecutionFailed(plan=str(self._problem), tried=tried) from exc

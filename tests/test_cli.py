@@ -6,6 +6,7 @@ Results are on stdout, everything else on stderr. Times and keys vary and are st
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 import subprocess
@@ -44,6 +45,8 @@ ENTRY: dict[str, Any] = {
     "groups": 1,
     "dtype": "float32",
 }
+UNTUNED = convplan.Policy(engines=("aten",), effort="instant")
+LINE = "fprop float32 x=1x4x8x8 w=4x4x3x3 y=1x4x8x8 pad=1,1 cpu"  # the same problem
 MODEL = """
 import torch
 
@@ -167,7 +170,11 @@ def test_help_lists_every_command(run: Run) -> None:
         pytest.param(("tune", "--problems", "nofile.json"), id="no-problem-file"),
         pytest.param(("bench",), id="nothing-to-time"),
         pytest.param(("import", "nofile.json"), id="nothing-to-import"),
+        pytest.param(("bench", "--problem", "fprop of something"), id="no-problem"),
+        pytest.param(("tune", "--problem", LINE, "--problem", LINE), id="the-same-problem-twice"),
+        pytest.param(("tune", "nofile.py:step", "--problem", LINE), id="callable-and-problem"),
         pytest.param(("explain",), id="no-key"),
+        pytest.param(("explain", "0a", "--problem", LINE), id="key-and-problem"),
         pytest.param(("demo", "opera"), id="unknown-workload"),
         pytest.param(("doctor", "--out", "gpu.json"), id="out-of-nothing"),
         pytest.param(("clear",), id="neither-yes-nor-dry-run"),
@@ -191,6 +198,41 @@ def test_the_command_and_the_module_are_the_same_and_load_no_torch() -> None:
         [sys.executable, "-m", "convplan", "--help"], capture_output=True, text=True, check=False
     )
     assert (as_module.returncode, as_module.stdout) == (0, done.stdout)
+
+
+# ---- a problem as logs and errors write it
+
+
+def test_a_line_of_a_log_is_tuned_looked_up_explained_and_timed(
+    run: Run, caplog: pytest.LogCaptureFixture, problems: Path
+) -> None:
+    with caplog.at_level(logging.INFO, "convplan"):
+        convplan.plan(convplan.Problem.dense("fprop", (1, 4, 8, 8), (4, 4, 3, 3), padding=1), UNTUNED)
+    (line,) = set(re.findall(r"fprop \S+ x=.*? cpu", caplog.text))
+    assert line == LINE
+    assert run("replay-check", "--problem", line, "--engines", "aten").code == 1
+    tuned = run("tune", "--problem", line, *QUICK, "--json").json["problems"]
+    assert [(one["name"], one["problem"], one["error"]) for one in tuned] == [(line, line, "")]
+    assert run("replay-check", "--problem", line, "--engines", "aten").code == 0
+    explained = run("explain", "--problem", line, "--json").json
+    assert (explained["key"], explained["record"]["effort"]) == (tuned[0]["key"], "measure")
+    timed = run("bench", "--problem", line, *QUICK, "--rounds", 2, "--json").json["comparisons"]
+    assert [(one["name"], one["problem"], one["key"]) for one in timed] == [(line, line, tuned[0]["key"])]
+    both = run("tune", "--problems", problems, "--problem", line, *QUICK, "--json").json["problems"]
+    assert [one["name"] for one in both] == ["layer", "gradient", line]
+
+
+def test_explain_by_problem_wants_one_stored_plan(run: Run) -> None:
+    ran = run("explain", "--problem", LINE)
+    assert (ran.code, ran.out) == (1, "")
+    assert f"no plan is stored for {LINE}; `convplan tune` makes one" in ran.err
+    for engine in ("aten", "matmul"):
+        assert run("tune", "--problem", LINE, "--engines", engine, "--budget-s", "0.01").code == 0
+    ran = run("explain", "--problem", LINE)
+    assert ran.code == 1
+    keys = run("list", "--json").json["plans"]
+    assert "2 plans are stored" in ran.err
+    assert all(plan["key"] in ran.err for plan in keys)
 
 
 # ---- tune

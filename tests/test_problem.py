@@ -504,6 +504,15 @@ def test_different_problems_have_different_texts(first: Problem, second: Problem
     assert (str(first) == str(second)) == (first == second)
 
 
+@given(problem=problems(smallest=0))
+@settings(deadline=None, max_examples=200)
+def test_text_reads_back_as_the_same_problem(problem: Problem) -> None:
+    back = Problem.parse(str(problem))
+    assert back == problem
+    assert hash(back) == hash(problem)
+    assert str(back) == str(problem)
+
+
 def test_text_of_a_known_problem() -> None:
     assert str(small()) == "fprop float32 x=2x6x9x11 w=4x3x3x5 y=2x4x5x8 pad=1,0:1 stride=2,1 groups=2 cpu"
     narrow = Problem.dense("fprop", (2, 3, 8), (4, 3, 3), dtype="int8", output_dtype="int32")

@@ -22,9 +22,14 @@ app = typer.Typer(
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 InputFile = Annotated[Path, typer.Argument(exists=True, dir_okay=False, readable=True, metavar="FILE")]
-ProblemFileOption = typer.Option(
-    "--problems", exists=True, dir_okay=False, readable=True, metavar="FILE.json", help="A problem file."
-)
+ProblemFile = Annotated[
+    Path | None,
+    typer.Option("--problems", exists=True, dir_okay=False, readable=True, metavar="FILE.json", help="A problem file."),
+]
+ProblemLines = Annotated[
+    list[str] | None,
+    typer.Option("--problem", metavar="LINE", help="A problem as logs and errors write it; may be given repeatedly."),
+]
 
 # Which stored plans.
 KeyPrefix = Annotated[str, typer.Option("--key", metavar="PREFIX", help="Only plans whose key begins like this.")]
@@ -112,7 +117,8 @@ def tune(
     target: Annotated[
         str | None, typer.Argument(metavar="[FILE.py:callable]", help="Called once; what it runs is planned.")
     ] = None,
-    problems: Annotated[Path | None, ProblemFileOption] = None,
+    problems: ProblemFile = None,
+    problem: ProblemLines = None,
     deterministic: Deterministic = None,
     engines: Engines = None,
     budget_s: BudgetSeconds = None,
@@ -123,12 +129,11 @@ def tune(
     as_json: AsJson = False,
 ) -> Result:
     """Plan the convolutions that a callable runs, gradients included, or those of a problem file."""
-    from convplan._problem_files import read_problems
     from convplan.cli import planning
-    from convplan.cli.arguments import load_callable, make_policy
+    from convplan.cli.arguments import load_callable, load_problems, make_policy
 
-    if (target is None) == (problems is None):
-        raise typer.BadParameter("expected either FILE.py:callable or --problems FILE.json")
+    if (target is None) == (problems is None and not problem):
+        raise typer.BadParameter('expected either FILE.py:callable, or --problems FILE.json or --problem "…"')
     policy = make_policy(
         deterministic=deterministic,
         engines=engines,
@@ -137,37 +142,36 @@ def tune(
         effort=effort,
         search_s=search_s,
     )
-    if problems is not None:
-        return planning.tune(read_problems(problems), policy, force=force)
-    assert target is not None
+    if target is None:
+        return planning.tune(load_problems(problems, problem), policy, force=force)
     return planning.tune(load_callable(target), policy, force=force)
 
 
 @app.command("replay-check")
 @command
 def replay_check(
-    problems: Annotated[Path, ProblemFileOption],
+    problems: ProblemFile = None,
+    problem: ProblemLines = None,
     deterministic: Deterministic = None,
     engines: Engines = None,
     workspace_limit: WorkspaceLimit = None,
     as_json: AsJson = False,
 ) -> Result:
     """Say whether replay mode would find a stored plan for every problem of a file; exit 1 if one is missing."""
-    from convplan._problem_files import read_problems
     from convplan.cli import planning
-    from convplan.cli.arguments import make_policy
+    from convplan.cli.arguments import load_problems, make_policy
 
     policy = make_policy(
         deterministic=deterministic, engines=engines, budget_s=None, workspace_limit_bytes=workspace_limit
     )
-    return planning.replay_check(read_problems(problems), policy)
+    return planning.replay_check(load_problems(problems, problem), policy)
 
 
 @app.command()
 @command
 def bench(
     suite: Annotated[
-        Path,
+        Path | None,
         typer.Option(
             "--suite",
             "--problems",
@@ -177,7 +181,8 @@ def bench(
             metavar="FILE.json",
             help="A problem file.",
         ),
-    ],
+    ] = None,
+    problem: ProblemLines = None,
     seconds: Annotated[float, typer.Option(min=0, help="Time the sides of a problem for this long.")] = 2.0,
     rounds: Annotated[
         int | None, typer.Option(min=1, help="Instead of --seconds: so many samples of each side.")
@@ -206,9 +211,8 @@ def bench(
 ) -> Result:
     """Time each problem of a file against stock torch, each in a process of its own, planning it first where needed."""
     from convplan._bench_processes import BenchOptions
-    from convplan._problem_files import read_problems
     from convplan.cli import planning
-    from convplan.cli.arguments import make_policy
+    from convplan.cli.arguments import load_problems, make_policy
 
     if stock_benchmark not in ("on", "off"):
         raise typer.BadParameter(f"--stock-benchmark is {stock_benchmark!r}, expected on or off")
@@ -228,13 +232,14 @@ def bench(
         benchmark=stock_benchmark == "on",
         benchmark_limit=stock_benchmark_limit,
     )
-    return planning.bench(read_problems(suite), policy, options, out=out)
+    return planning.bench(load_problems(suite, problem), policy, options, out=out)
 
 
 @app.command()
 @command
 def configs(
-    problems: Annotated[Path, ProblemFileOption],
+    problems: ProblemFile = None,
+    problem: ProblemLines = None,
     device: Annotated[
         Path | None,
         typer.Option(
@@ -254,9 +259,8 @@ def configs(
 ) -> Result:
     """List what cuDNN proposes for each problem of a file, on a GPU that need not be here."""
     from convplan._errors import PolicyError
-    from convplan._problem_files import read_problems
     from convplan.cli import gpus
-    from convplan.cli.arguments import make_policy
+    from convplan.cli.arguments import load_problems, make_policy
 
     policy = make_policy(
         deterministic=deterministic, engines=None, budget_s=None, workspace_limit_bytes=workspace_limit
@@ -265,13 +269,12 @@ def configs(
         policy = policy.replace(effort=effort)
     except PolicyError as exc:
         raise typer.BadParameter(str(exc)) from exc
-    return gpus.configs(read_problems(problems), policy, properties=device)
+    return gpus.configs(load_problems(problems, problem), policy, properties=device)
 
 
 @app.command()
 @command
 def build(
-    problems: Annotated[Path, ProblemFileOption],
     device: Annotated[
         Path,
         typer.Option(
@@ -283,20 +286,21 @@ def build(
         ),
     ],
     out: Annotated[Path, typer.Option(metavar="FILE", help="Write the plans here, for `convplan import`.")],
+    problems: ProblemFile = None,
+    problem: ProblemLines = None,
     leading: Annotated[int, typer.Option(min=1, metavar="N", help="How many plans to build for each problem.")] = 3,
     deterministic: Deterministic = None,
     workspace_limit: WorkspaceLimit = None,
     as_json: AsJson = False,
 ) -> Result:
     """Build the plans that cuDNN proposes first for each problem of a file, for a GPU that need not be here."""
-    from convplan._problem_files import read_problems
     from convplan.cli import ahead
-    from convplan.cli.arguments import make_policy
+    from convplan.cli.arguments import load_problems, make_policy
 
     policy = make_policy(
         deterministic=deterministic, engines=None, budget_s=None, workspace_limit_bytes=workspace_limit
     )
-    return ahead.build(read_problems(problems), policy, properties=device, out=out, leading=leading)
+    return ahead.build(load_problems(problems, problem), policy, properties=device, out=out, leading=leading)
 
 
 @app.command("list")
@@ -311,14 +315,22 @@ def list_(key: KeyPrefix = "", engine: EngineName = None, device: DeviceName = N
 @app.command()
 @command
 def explain(
-    key: Annotated[str, typer.Argument(metavar="KEY", help="A plan's key, or how it begins.")],
+    key: Annotated[str | None, typer.Argument(metavar="[KEY]", help="A plan's key, or how it begins.")] = None,
+    problem: Annotated[
+        str | None, typer.Option("--problem", metavar="LINE", help="Instead: its problem, as logs and errors write it.")
+    ] = None,
     every_rejection: Annotated[bool, typer.Option("--all", help="List every rejected candidate.")] = False,
     as_json: AsJson = False,
 ) -> Result:
     """Show a stored plan: its candidates' times, stock torch's, the hardware limit, and why others were rejected."""
     from convplan.cli import stored
+    from convplan.cli.arguments import one_problem
 
-    return stored.explain(key, every_rejection=every_rejection)
+    if key is not None and problem is None:
+        return stored.explain(key, every_rejection=every_rejection)
+    if problem is not None and key is None:
+        return stored.explain_problem(one_problem(problem), every_rejection=every_rejection)
+    raise typer.BadParameter('expected either a KEY or --problem "…"')
 
 
 @app.command()

@@ -9,16 +9,20 @@ import importlib.util
 import re
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 import typer
 
 from convplan._errors import PolicyError
 from convplan._policy import Policy
 from convplan.cli.output import CommandError
+
+if TYPE_CHECKING:
+    from convplan._problem import Problem
+    from convplan._problem_files import NamedProblem
 
 _UNITS = {
     "": 1,
@@ -70,6 +74,37 @@ def make_policy(
     except PolicyError as exc:
         raise typer.BadParameter(str(exc)) from exc
     return policy
+
+
+def one_problem(text: str) -> Problem:
+    """The problem that a line of a log or an error describes."""
+    from convplan._errors import SpecError
+    from convplan._problem import Problem
+
+    try:
+        return Problem.parse(text)
+    except SpecError as exc:
+        raise typer.BadParameter(str(exc)) from exc
+
+
+def load_problems(file: Path | None, lines: Sequence[str] | None) -> list[NamedProblem]:
+    """The problems of `--problems FILE.json`, and then those of each `--problem LINE`, whose name is the line.
+
+    Raises:
+        BadParameter: neither was given, a line is none, or a problem was given twice.
+    """
+    from convplan._problem_files import read_problems, with_name
+
+    problems = [one_problem(line) for line in lines or ()]
+    named = [] if file is None else read_problems(file)
+    for problem in problems:
+        one = with_name(problem, len(named), str(problem))
+        if one.name in [before.name for before in named]:
+            raise typer.BadParameter(f"found --problem {one.name!r} twice, expected it once")
+        named.append(one)
+    if file is None and not named:
+        raise typer.BadParameter('expected --problems FILE.json or --problem "…"')
+    return named
 
 
 def load_callable(target: str) -> Callable[[], object]:

@@ -19,6 +19,7 @@ from convplan.report import group_rejected, human_us, stock_torch, table
 if TYPE_CHECKING:
     from convplan._environment import Environment
     from convplan._plan import PlanRecord
+    from convplan._problem import Problem
     from convplan._serialized import Part
     from convplan.report import Side
 
@@ -137,9 +138,26 @@ def explain(key: str, *, every_rejection: bool) -> Result:
     row = found[0]
     if row.record is None:
         raise StoreError(path=store.location, reason=f"the plan {row.key} cannot be used: {row.trouble}")
-    record = row.record
+    return _explained(row.key, row.record, parts, every_rejection)
+
+
+def explain_problem(problem: Problem, *, every_rejection: bool) -> Result:
+    """The same for the one plan that is stored for a problem; where there are several, for the one made here."""
+    here = _environments() or ()
+    with PlanStore.default() as store:
+        found = [row for row in store.rows() if row.record is not None and row.record.problem == problem]
+    own = [row for row in found if row.environment in here] or found
+    if len(own) == 1:
+        return explain(own[0].key, every_rejection=every_rejection)
+    if not own:
+        raise StoreError(path=store.location, reason=f"no plan is stored for {problem}; `convplan tune` makes one")
+    some = ", ".join(row.key for row in own[:5])
+    raise StoreError(path=store.location, reason=f"{len(own)} plans are stored for {problem}; give one's key: {some}")
+
+
+def _explained(key: str, record: PlanRecord, parts: list[Compiled], every_rejection: bool) -> Result:
     data = {
-        "key": row.key,
+        "key": key,
         "record": record,
         "stock_torch": stock_torch(record),
         "hardware_limit": None if record.limit is None else record.limit._asdict(),

@@ -276,8 +276,10 @@ def _new_caller(
     try:
         problem = forward_problem(x, weight, bias, args)
     except NotExpressible:
+        counts.add("left_to_torch")
         return _through_torch(spatial, raw)
     if x.device.type not in ("cpu", "cuda"):
+        counts.add("left_to_torch")
         return _through_torch(spatial, raw)
     if graded:
         run = _differentiable(problem, args, policy)

@@ -23,8 +23,10 @@ import torch
 from convplan import _runtime
 from convplan._environment import matmul_precision
 from convplan._errors import CaptureMiss, ConvPlanError, ReplayMiss, SpecError
+from convplan._plan import Plan
 from convplan._policy import Policy
 from convplan._problem import Problem
+from convplan._ranges import ranged
 from convplan._runtime import Observe, Runner, counts, drop_tensors, local, state, warn_once
 from convplan.engines.aten import stock_backward, stock_forward
 from convplan.engines.base import Run
@@ -97,9 +99,9 @@ class _Seen:
 
     __slots__ = (
         "algorithms_deterministic", "bias", "caller", "cudnn_deterministic", "cudnn_enabled", "device", "dilation",
-        "dtype", "dy_dtype", "dy_low", "dy_shape", "dy_strides", "few_flags", "flags", "groups", "hits", "mask",
-        "output_padding", "padding", "stride", "token", "transposed", "w_dtype", "w_shape", "w_strides", "x_low",
-        "x_shape", "x_strides",
+        "dtype", "dy_dtype", "dy_low", "dy_shape", "dy_strides", "failed", "few_flags", "flags", "groups", "hits",
+        "mask", "output_padding", "padding", "run", "stride", "token", "transposed", "w_dtype", "w_shape", "w_strides",
+        "x_low", "x_shape", "x_strides",
     )  # fmt: skip
 
     def __init__(self, x: Tensor, w: Tensor, flags: tuple[object, ...], **parts: Any) -> None:
@@ -108,7 +110,7 @@ class _Seen:
         self.dtype, self.device, self.hits = x.dtype, x.get_device(), local.callers.hits
         for name, value in parts.items():
             setattr(self, name, value)
-        # Three of the flags are compared one by one, and for most tensors on a GPU there are no others.
+        # For most tensors on a GPU there are three flags, which are compared one by one, without a tuple of them.
         self.algorithms_deterministic, self.cudnn_deterministic = _algorithms_deterministic(), _cudnn_deterministic()
         self.cudnn_enabled = _cudnn_enabled()
         self.flags, self.few_flags = flags, len(flags) == 3
@@ -149,13 +151,19 @@ def _forward(
             if seen.bias is None
             else bias is not None and (bias.shape, bias.dtype, bias.get_device()) == seen.bias
         )
-        and _algorithms_deterministic() is seen.algorithms_deterministic
-        and _cudnn_deterministic() is seen.cudnn_deterministic
-        and _cudnn_enabled() is seen.cudnn_enabled
-        and (seen.few_flags or live_flags(seen.device, seen.dtype) == seen.flags)
+        and (
+            _algorithms_deterministic() is seen.algorithms_deterministic
+            and _cudnn_deterministic() is seen.cudnn_deterministic
+            and _cudnn_enabled() is seen.cudnn_enabled
+            if seen.few_flags
+            else live_flags(seen.device, seen.dtype) == seen.flags
+        )
     ):
         seen.hits[0] += 1
-        found: Tensor = seen.caller(x, w, bias)
+        try:  # the plan itself: one frame less than its caller
+            found: Tensor = seen.run(x, w, bias, None)
+        except Exception as exc:  # whatever an engine raises, the convolution must still be computed
+            found = seen.failed(exc, x, w, bias)
         return found
     token, device = state.token, x.get_device()
     flags = live_flags(device, x.dtype)
@@ -172,8 +180,9 @@ def _forward(
         if callers.crowded:
             callers.move_to_end(key)
         elif type(caller) is not _Watching:
+            run, failed = getattr(caller, "bare", None) or (_with_out(caller), _raised)
             seen = _Seen(
-                x, w, caller=caller, token=token, flags=flags, bias=key[7], stride=stride, padding=padding,
+                x, w, run=run, failed=failed, token=token, flags=flags, bias=key[7], stride=stride, padding=padding,
                 dilation=dilation, transposed=transposed, output_padding=output_padding, groups=groups,
             )  # fmt: skip
             local.keep_seen(local.forwards, w.data_ptr(), seen)
@@ -225,10 +234,13 @@ def _backward(
         and output_padding == seen.output_padding
         and output_mask == seen.mask
         and bias_sizes == seen.bias
-        and _algorithms_deterministic() is seen.algorithms_deterministic
-        and _cudnn_deterministic() is seen.cudnn_deterministic
-        and _cudnn_enabled() is seen.cudnn_enabled
-        and (seen.few_flags or live_flags(seen.device, seen.dtype) == seen.flags)
+        and (
+            _algorithms_deterministic() is seen.algorithms_deterministic
+            and _cudnn_deterministic() is seen.cudnn_deterministic
+            and _cudnn_enabled() is seen.cudnn_enabled
+            if seen.few_flags
+            else live_flags(seen.device, seen.dtype) == seen.flags
+        )
     ):
         seen.hits[0] += 1
         found: Gradients = seen.caller(dy, x, w)
@@ -311,6 +323,15 @@ def _replace_settled(key: Hashable, caller: _Watching) -> None:
         local.callers[key] = settled
 
 
+def _with_out(caller: Forward) -> Run:
+    """A caller as plans are called, with an `out` that is never given."""
+    return lambda x, w, bias, out: caller(x, w, bias)
+
+
+def _raised(exc: Exception, x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
+    raise exc
+
+
 RawArgs = tuple[list[int], list[int], list[int], bool, list[int], int]
 
 
@@ -360,15 +381,19 @@ def _new_forward(x: Tensor, w: Tensor, bias: Tensor | None, raw: RawArgs) -> For
     def make() -> Forward:
         run = planned.run
 
+        def failed(exc: Exception, x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
+            try:
+                return planned.recover(exc, x, w, bias)
+            except ConvPlanError as last:
+                return instead(last, lambda: stock(x, w, bias))
+
         def forward(x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
             try:
                 return run(x, w, bias, None)
             except Exception as exc:  # whatever an engine raises, the convolution must still be computed
-                try:
-                    return planned.recover(exc, x, w, bias)
-                except ConvPlanError as last:
-                    return instead(last, lambda: stock(x, w, bias))
+                return failed(exc, x, w, bias)
 
+        forward.bare = run, failed  # type: ignore[attr-defined]  # for those who call them without this frame
         return forward
 
     return make() if planned.settled else _Watching(make(), [planned], make, 1)
@@ -421,7 +446,7 @@ def _new_backward(
     def make() -> Backward:
         if not raw[3] and all(one.settled_as == "convolution_backward" for one in planned):
             # One call computes all of it, the bias's gradient too, as it does in stock torch.
-            return lambda dy, x, w: stock(dy, x, w, mask)
+            return ranged(lambda dy, x, w: stock(dy, x, w, mask), *(one.plan for one in planned))
         if left[0] or left[1] or not all(one.settled for one in planned):
             return carefully
         run_input = None if for_input is None else for_input.run
@@ -456,6 +481,7 @@ def _planned(
         problem, x, w = make(args)
     except SpecError as exc:
         log.debug("left to torch: %s", exc)
+        counts.add("left_to_torch")
         return None
     if problem.is_empty:
         return None
@@ -489,6 +515,11 @@ class _Planned:
     def sighted_by(self, weight: Tensor | None) -> None:
         """Whose call comes next, while calls count."""
         self._runner.layer = None if weight is None else weakref.ref(weight)
+
+    @property
+    def plan(self) -> Plan:
+        """What runs the problem now."""
+        return self._runner.plan
 
     def settle(self) -> bool:
         """Take over the bare plan once nothing but a new token can change the choice; whether that is so."""

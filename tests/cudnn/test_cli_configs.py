@@ -127,6 +127,13 @@ def refused_by_note(found: list[Any], note: str) -> dict[bool, set[str]]:
 # ---- What is listed
 
 
+def test_a_problem_is_taken_from_a_line_of_a_log_too(configs: Callable[..., Ran], run: Run) -> None:
+    (from_file,) = configs({"device": "cuda"}).json
+    line = "fprop float16 x=8x64x56x56:cl w=64x64x3x3:cl y=8x64x56x56:cl pad=1,1 cuda"
+    (from_line,) = run("configs", "--problem", line, "--device", H200, "--json").json
+    assert from_line == {**from_file, "name": line}
+
+
 @pytest.mark.behaviour("C7")
 @pytest.mark.behaviour("B13")
 @pytest.mark.parametrize("effort", ["measure", "instant"])
