@@ -31,8 +31,10 @@ from convplan.torch_ops.adapter import (
     output_spec,
     spec_of,
 )
+from convplan.torch_ops.library import traced
 from convplan.torch_ops.override import NO_GRADIENTS, live_flags, note_fallback
 
+_is_compiling = torch.compiler.is_compiling
 _any_autocast = torch._C._is_any_autocast_enabled
 
 Tensor = torch.Tensor
@@ -195,6 +197,8 @@ def _convolution(
     What has to be worked out from the arguments is worked out once, in `_new_caller`.
     """
     raw = (stride, padding, dilation, transposed, output_padding, groups)
+    if _is_compiling():
+        return traced(input, weight, bias, _arguments(spatial, weight, *raw), policy, out)
     try:
         if _any_autocast() and torch.is_autocast_enabled(input.device.type):
             input, weight, bias = _autocast(input, weight, bias)
