@@ -414,3 +414,5 @@ def _constant_text(policy: Policy) -> str:
 
 # What `torch.compiler.assume_constant_result` does, without importing Dynamo, which takes two seconds.
 _constant_text._dynamo_marked_constant = True  # type: ignore[attr-defined]
+# A policy is a value to Dynamo: it compiles anew for a policy that is not equal.
+torch.utils._pytree.register_constant(Policy)
