@@ -12,25 +12,42 @@ operators run.
 from __future__ import annotations
 
 import logging
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
+from torch._inductor import custom_graph_pass
 from torch.fx import Graph, Node
+from torch.fx.node import map_arg
 
 from convplan._errors import SpecError
 from convplan._policy import Policy
 from convplan._problem import channels_last_strides
 from convplan.torch_ops import adapter, library
-from convplan.torch_ops.adapter import DTYPE_NAMES, ConvArgs, conv_args, output_layout, transposed_padding
+from convplan.torch_ops.adapter import (
+    DTYPE_NAMES,
+    ConvArgs,
+    conv_args,
+    output_layout,
+    suggests_channels_last,
+    transposed_padding,
+)
 from convplan.torch_ops.library import flat_padding, policy_text
 
 log = logging.getLogger("convplan.compile")
 
+Tensor = torch.Tensor
+
 _aten = torch.ops.aten
 _CONVOLUTION = _aten.convolution.default
 _BACKWARD = _aten.convolution_backward.default
+_READ_STRIDES = (
+    _aten.as_strided.default,
+    _aten.as_strided_.default,
+    _aten.as_strided_scatter.default,
+    _aten.as_strided_copy.default,
+)
 
 
 def compile_options(
@@ -66,7 +83,11 @@ def compile_options(
     return {**options, "post_grad_custom_pre_pass": KeepConvolutions(policy_text(policy), channels_last)}
 
 
-class KeepConvolutions(CustomGraphPass):
+# Told whether a graph is for inference, where torch has such passes; they came after 2.11.
+_Pass: Any = getattr(custom_graph_pass, "CustomInferenceAwareGraphPass", custom_graph_pass.CustomGraphPass)
+
+
+class KeepConvolutions(_Pass):  # type: ignore[misc]
     """The pass; two of them with equal settings are equal, and share what Inductor has compiled.
 
     Args:
@@ -85,20 +106,23 @@ class KeepConvolutions(CustomGraphPass):
 
     def uuid(self) -> object:
         """Tells Inductor's cache apart what was compiled with other settings, or another version of the operators."""
-        return (get_hash_for_files((__file__, str(library.__file__), str(adapter.__file__))), *self._settings)
+        return (
+            custom_graph_pass.get_hash_for_files((__file__, str(library.__file__), str(adapter.__file__))),
+            *self._settings,
+        )
 
-    def __call__(self, graph: Graph) -> None:
+    def __call__(self, graph: Graph, is_inference: bool | None = None) -> None:
         """Replace the convolutions of one graph."""
-        policy, channels_last = self._settings
-        if channels_last is None:
-            channels_last = _inductor_wants_channels_last(graph)
+        policy, wanted = self._settings
+        layouts = _Layouts(graph, wanted, is_inference)
         kept, left = 0, 0
         for node in list(graph.nodes):
             if node.op != "call_function" or node.target not in (_CONVOLUTION, _BACKWARD):
+                layouts.follow(node)
                 continue
-            call = _Call.of(node, policy, channels_last)
+            call = _Call.of(node, policy)
             replace = _replace_forward if node.target is _CONVOLUTION else _replace_backward
-            if call is not None and replace(graph, node, call):
+            if call is not None and replace(graph, node, call, layouts):
                 kept += 1
             else:
                 left += 1
@@ -106,12 +130,77 @@ class KeepConvolutions(CustomGraphPass):
             log.info("kept %d calls of convolutions for convplan's plans, left %d to Inductor", kept, left)
 
 
-def _inductor_wants_channels_last(graph: Graph) -> bool:
+class _Layouts:
+    """Which convolutions run channels-last, and what that makes of the strides of everything behind them.
+
+    Args:
+        graph: as it was before anything was replaced.
+        wanted: as in `compile_options`.
+        is_inference: whether no gradients will be asked for; None: torch has not said.
+    """
+
+    def __init__(self, graph: Graph, wanted: bool | None, is_inference: bool | None) -> None:
+        self._graph, self._wanted = graph, wanted
+        self._moved: set[Node] = set()
+        if any(node.target in _READ_STRIDES for node in graph.nodes):
+            self._wanted = False  # what these yield depends on the strides of what they read
+        self._by_default = self._wanted is None and _inductor_wants_channels_last(graph, is_inference)
+
+    def is_channels_last(self, call: _Call) -> bool:
+        """Whether a convolution is to run channels-last, which is known where its tensors come that way."""
+        if self._wanted is None and self._by_default and len(call.args.stride) == 2:
+            return True
+        return bool(self._wanted) and len(call.args.stride) > 1
+
+    def converts(self, call: _Call) -> bool:
+        """Whether a gradient's inputs may be converted to the layout of its result."""
+        return self._wanted is not False and len(call.args.stride) > 1
+
+    def channels_last(self, node: Node, *, exactly: bool) -> Node:
+        """A node that yields a tensor channels-last; the node itself where it does.
+
+        Args:
+            node: yields a tensor of 4 or 5 dimensions.
+            exactly: with the strides of size-1 dimensions too. They tell a layout from another where nothing else does.
+        """
+        value: Tensor = node.meta["val"]
+        if value.stride() == channels_last_strides(value.shape) or (not exactly and _is_channels_last(value)):
+            return node
+        form = torch.channels_last if value.dim() == 4 else torch.channels_last_3d
+        return _insert(self._graph, node, _aten.clone.default, (node,), {"memory_format": form})
+
+    def replaced(self, old: Node, new: Node) -> None:
+        """Take note of a node that took another's place."""
+        if new.meta["val"].stride() != old.meta["val"].stride():
+            self._moved.add(new)
+
+    def follow(self, node: Node) -> None:
+        """Work out anew what a node yields if strides of what it reads have changed."""
+        if not self._moved or not isinstance(node.target, torch._ops.OpOverload):
+            return
+        before = node.meta.get("val")
+        if not isinstance(before, torch.Tensor) or self._moved.isdisjoint(node.all_input_nodes):
+            return
+        try:
+            value = node.target(*map_arg(node.args, _value), **map_arg(node.kwargs, _value))
+        except RuntimeError as exc:  # it does not take such strides as it stands, and Inductor sees to that
+            log.debug("strides are not followed through %s: %s", node, exc)
+            return
+        if value.stride() != before.stride():
+            node.meta["val"] = value
+            self._moved.add(node)
+
+
+def _inductor_wants_channels_last(graph: Graph, is_inference: bool | None) -> bool:
     """Inductor's own decision for this graph, which it could not make any more once the convolutions are replaced."""
     from torch._inductor.graph import GraphLowering
 
-    module = graph.owning_module
-    return module is not None and bool(GraphLowering.decide_layout_opt(module, is_inference=not torch.is_grad_enabled()))
+    if graph.owning_module is None:
+        return False
+    if is_inference is None:
+        traced = getattr(torch._guards.TracingContext.try_get(), "fw_metadata", None)
+        is_inference = not getattr(traced, "is_train", True)
+    return bool(GraphLowering.decide_layout_opt(graph.owning_module, is_inference=is_inference))
 
 
 class _Call(NamedTuple):
@@ -121,31 +210,31 @@ class _Call(NamedTuple):
     w: Node
     args: ConvArgs
     policy: str
-    channels_last: bool
 
     @classmethod
-    def of(cls, node: Node, policy: str, channels_last: bool) -> _Call | None:
+    def of(cls, node: Node, policy: str) -> _Call | None:
         """None: a convolution that is not planned for."""
-        given: dict[str, Any] = _by_name(node)
-        x, w, bias, grad = given["input"], given["weight"], given.get("bias"), given.get("grad_output")
-        tensors = [one for one in (x, w, bias, grad) if one is not None]
+        given = _by_name(node)
+        x, w = given["input"], given["weight"]
+        tensors = [one for one in (x, w, given.get("bias"), given.get("grad_output")) if one is not None]
         if not _are_planned_for([one.meta.get("val") for one in tensors]):
             return None
         names = ("stride", "padding", "dilation", "transposed", "output_padding", "groups")
-        raw = [given[name] for name in names]
-        if not all(isinstance(value, int) for one in raw for value in (one if isinstance(one, Sequence) else (one,))):
+        raw: dict[str, Any] = {name: given[name] for name in names}
+        numbers = [one for value in raw.values() for one in (value if isinstance(value, Sequence) else (value,))]
+        if not all(isinstance(number, int) for number in numbers):
             return None  # a symbolic stride or the like
         spatial = w.meta["val"].dim() - 2
         if x.meta["val"].dim() != spatial + 2:
             return None
         try:
-            args = conv_args(*raw, spatial)
+            args = conv_args(**raw, spatial=spatial)
             if args.transposed:
                 transposed_padding(args)
         except SpecError as exc:
             log.debug("left to Inductor: %s", exc)
             return None
-        return cls(x, w, args, policy, channels_last and spatial > 1)
+        return cls(x, w, args, policy)
 
     @property
     def ending(self) -> tuple[Any, ...]:
@@ -164,7 +253,7 @@ def _by_name(node: Node) -> dict[str, Any]:
 
 
 def _are_planned_for(values: Sequence[Any]) -> bool:
-    """Whether tensors are of a kind that convplan plans for; rank and sizes are not looked at, except for empty ones."""
+    """Whether tensors are of a kind that convplan plans for; of their sizes, only that none is known to be 0."""
     first = values[0]
     return (
         all(isinstance(value, torch.Tensor) and value.layout == torch.strided for value in values)
@@ -176,54 +265,68 @@ def _are_planned_for(values: Sequence[Any]) -> bool:
     )
 
 
-def _replace_forward(graph: Graph, node: Node, call: _Call) -> bool:
+def _replace_forward(graph: Graph, node: Node, call: _Call, layouts: _Layouts) -> bool:
     bias = _by_name(node)["bias"]
     # As Inductor does for torch's own: added apart, it becomes part of whatever follows.
     apart = bias is not None and bias.meta["val"].device.type != "cpu"
+    x, w = call.x, call.w
     with graph.inserting_before(node):
-        arguments = (call.x, call.w, None if apart else bias, *call.ending)
-        new = _insert(graph, node, torch.ops.convplan.convolution.default, arguments, call.channels_last)
+        if layouts.is_channels_last(call):
+            x, w = layouts.channels_last(x, exactly=True), layouts.channels_last(w, exactly=False)
+        arguments = (x, w, None if apart else bias, *call.ending)
+        new = _insert(graph, node, torch.ops.convplan.convolution.default, arguments)
         if apart:
             shape = [bias.meta["val"].shape[0], *[1] * len(call.args.stride)]
             column = _insert(graph, node, _aten.reshape.default, (bias, shape))
             new = _insert(graph, node, _aten.add.Tensor, (new, column))
+    layouts.replaced(node, new)
     node.replace_all_uses_with(new)
     graph.erase_node(node)
     return True
 
 
-def _replace_backward(graph: Graph, node: Node, call: _Call) -> bool:
+def _replace_backward(graph: Graph, node: Node, call: _Call, layouts: _Layouts) -> bool:
     """Up to three nodes take the place of one; False, and nothing changed, where its results are not taken apart."""
-    dy = _by_name(node)["grad_output"]
     users = list(node.users)
-    if any(_result_of(user) is None for user in users):
+    if any(_place(user) is None for user in users):
         return False
-    x_val, w_val = call.x.meta["val"], call.w.meta["val"]
-    is_last = call.channels_last or output_layout(x_val, w_val, call.args) == "channels_last"
+    operands = {"dy": _by_name(node)["grad_output"], "x": call.x, "w": call.w}
+    x_value, dy_value = call.x.meta["val"], operands["dy"].meta["val"]
+    is_last = (
+        layouts.is_channels_last(call)
+        or output_layout(x_value, call.w.meta["val"], call.args) == "channels_last"
+        # Channels-last because the forward was made to be, while what was saved for here is as it came.
+        or (layouts.converts(call) and suggests_channels_last(dy_value))
+    )
+
+    def operand(name: str) -> Node:
+        node: Node = operands[name]
+        if is_last and layouts.converts(call):
+            node = operands[name] = layouts.channels_last(node, exactly=name == "dy")
+        return node
+
     for user in users:
-        place = _result_of(user)
-        with graph.inserting_before(user):
-            if place == 2:
-                over = [0, *range(2, x_val.dim())]
-                new = _insert(graph, user, _aten.sum.dim_IntList, (dy, over))
+        with graph.inserting_before(node):
+            if _place(user) == 2:
+                arguments: tuple[Any, ...] = (operands["dy"], [0, *range(2, x_value.dim())])
+                new = _insert(graph, user, _aten.sum.dim_IntList, arguments)
+            elif _place(user) == 0:
+                arguments = (operand("dy"), operand("w"), _sizes(graph, call.x), is_last, *call.ending)
+                new = _insert(graph, user, torch.ops.convplan.input_gradient.default, arguments)
             else:
-                target, other, like = (
-                    (torch.ops.convplan.input_gradient.default, call.w, call.x)
-                    if place == 0
-                    else (torch.ops.convplan.weight_gradient.default, call.x, call.w)
-                )
-                arguments = (dy, other, _sizes(graph, like), is_last, *call.ending)
-                new = _insert(graph, user, target, arguments, call.channels_last)
+                # The same memory under either name: under that of the weight, whose strides it is expected to have.
+                either = _value(call.w).is_contiguous() and _is_channels_last(_value(call.w))
+                arguments = (operand("dy"), operand("x"), _sizes(graph, call.w), is_last and not either, *call.ending)
+                new = _insert(graph, user, torch.ops.convplan.weight_gradient.default, arguments)
+        layouts.replaced(user, new)
         user.replace_all_uses_with(new)
         graph.erase_node(user)
     graph.erase_node(node)
     return True
 
 
-def _result_of(user: Node) -> int | None:
+def _place(user: Node) -> int | None:
     """Which of several results a node takes; None where it does something else with them."""
-    import operator
-
     if user.op != "call_function" or user.target is not operator.getitem or user.args[1] not in (0, 1, 2):
         return None
     return int(user.args[1])  # type: ignore[arg-type]
@@ -242,26 +345,29 @@ def _sizes(graph: Graph, like: Node) -> list[Any]:
     return found
 
 
+def _value(node: Node) -> Any:
+    return node.meta["val"]
+
+
+def _is_channels_last(value: Tensor) -> bool:
+    """Whether its elements lie channels-last, whatever strides its size-1 dimensions have."""
+    forms = {4: torch.channels_last, 5: torch.channels_last_3d}
+    return value.dim() in forms and value.is_contiguous(memory_format=forms[value.dim()])
+
+
 def _insert(
-    graph: Graph, old: Node, target: Callable[..., Any], arguments: tuple[Any, ...], channels_last: bool = False
+    graph: Graph,
+    old: Node,
+    target: Callable[..., Any],
+    arguments: tuple[Any, ...],
+    named: dict[str, Any] | None = None,
 ) -> Node:
     """A node with the history of `old`, and with what it yields worked out on tensors without memory."""
-    node = graph.call_function(target, arguments)
+    named = named or {}
+    node = graph.call_function(target, arguments, named)
     node.meta.update({key: value for key, value in old.meta.items() if key not in ("val", "tensor_meta")})
-
-    def value(argument: Any) -> Any:
-        if isinstance(argument, Node):
-            return argument.meta["val"]
-        return [value(one) for one in argument] if isinstance(argument, list) else argument
-
-    values = [value(argument) for argument in arguments]
-    if channels_last:
-        values = [_as_channels_last(one) if isinstance(one, torch.Tensor) and one.dim() > 3 else one for one in values]
-    node.meta["val"] = target(*values)
-    # The strides that Inductor must see to before the operator is called.
-    node.meta["eager_input_vals"] = (tuple(values), {})
+    values = map_arg(arguments, _value)
+    node.meta["val"] = target(*values, **named)
+    # The strides that Inductor must see to before an operator of convplan's is called.
+    node.meta["eager_input_vals"] = (values, {})
     return node
-
-
-def _as_channels_last(value: torch.Tensor) -> torch.Tensor:
-    return value.new_empty_strided(value.shape, channels_last_strides(value.shape))

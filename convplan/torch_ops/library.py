@@ -47,6 +47,7 @@ Ints = Sequence[int]
 Geometry = tuple[Ints, Ints, Ints, bool, Ints, int, str]
 """The arguments that all three operators end in."""
 
+_DEFAULTS = Policy()
 _any_autocast = torch._C._is_any_autocast_enabled
 
 _ENDING = (
@@ -66,7 +67,10 @@ def policy_text(policy: Policy | None) -> str:
     Raises:
         PolicyError: it is no policy, or names an engine that is not registered.
     """
-    return "" if policy is None else msgspec.json.encode(check_policy(policy)).decode()
+    if policy is None:
+        return ""
+    fields = msgspec.structs.asdict(check_policy(policy))
+    return msgspec.json.encode({k: v for k, v in fields.items() if v != getattr(_DEFAULTS, k)}).decode()
 
 
 @functools.lru_cache(maxsize=256)
@@ -108,13 +112,14 @@ def result_dims(x: Tensor, w: Tensor, args: ConvArgs) -> tuple[int, ...]:
     """
     if x.dim() != w.dim():
         raise SpecError(f"input {tuple(x.shape)} and weight {tuple(w.shape)} differ in rank, expected the same")
-    if x.dtype != w.dtype:
-        raise SpecError(f"input is {x.dtype} and weight {w.dtype}, expected the same dtype")
-    channels, expected = x.shape[1], w.shape[0] if args.transposed else w.shape[1] * args.groups
-    if channels != expected:
+    if x.dtype != w.dtype or x.dtype not in DTYPE_NAMES:
+        expected = f"the same, one of {', '.join(DTYPE_NAMES.values())}"
+        raise SpecError(f"input is {x.dtype} and weight {w.dtype}, expected {expected}")
+    channels, wanted = x.shape[1], w.shape[0] if args.transposed else w.shape[1] * args.groups
+    if channels != wanted:
         name = "weight.shape[0]" if args.transposed else "weight.shape[1] * groups"
         raise SpecError(
-            f"input has {channels} channels, expected {name} = {expected} (input {tuple(x.shape)}, weight "
+            f"input has {channels} channels, expected {name} = {wanted} (input {tuple(x.shape)}, weight "
             f"{tuple(w.shape)}, groups={args.groups})"
         )
     if args.transposed:
@@ -128,7 +133,7 @@ def _strides(size: Ints, channels_last: bool) -> tuple[int, ...]:
 
 
 def _fake_convolution(x: Tensor, w: Tensor, bias: Tensor | None, *geometry: Any) -> Tensor:
-    args = _args(geometry)  # type: ignore[arg-type]
+    args = _args(geometry)
     dims = result_dims(x, w, args)
     if bias is not None and (bias.dim() != 1 or bias.shape[0] != dims[1]):
         raise SpecError(f"bias.shape is {tuple(bias.shape)}, expected ({dims[1]},), one number for each output channel")
@@ -181,7 +186,7 @@ def _found(
     else:
         caller = _NEW[name](first, second, bias, result, geometry)
         local.remember(key, token, caller, device)
-    return caller  # type: ignore[no-any-return]
+    return caller
 
 
 def _new_convolution(x: Tensor, w: Tensor, bias: Tensor | None, result: tuple[int, ...], geometry: Geometry) -> Run:
@@ -197,12 +202,10 @@ def _new_convolution(x: Tensor, w: Tensor, bias: Tensor | None, result: tuple[in
     return _planned(problem, strides, x, geometry[-1], gradients if torch.is_grad_enabled() else NO_GRADIENTS)
 
 
-def _new_input_gradient(
-    dy: Tensor, w: Tensor, bias: Tensor | None, result: tuple[int, ...], geometry: Geometry
-) -> Run:
+def _new_input_gradient(dy: Tensor, w: Tensor, bias: Tensor | None, result: tuple[int, ...], geometry: Geometry) -> Run:
     check_same_place(dy, w)
     args, size, strides = _args(geometry), result[:-1], _strides(result[:-1], bool(result[-1]))
-    dx = TensorSpec(size, strides, DTYPE_NAMES[spec_of(dy) and dy.dtype])
+    dx = TensorSpec(size, strides, spec_of(dy).dtype)
     try:
         padding = transposed_padding(args) if args.transposed else args.padding
     except NotExpressible:
@@ -219,13 +222,15 @@ def _new_weight_gradient(
 ) -> Run:
     check_same_place(dy, x)
     args, size, strides = _args(geometry), result[:-1], _strides(result[:-1], bool(result[-1]))
-    dw = TensorSpec(size, strides, DTYPE_NAMES[spec_of(dy) and dy.dtype])
+    dw = TensorSpec(size, strides, spec_of(dy).dtype)
     try:
         padding = transposed_padding(args) if args.transposed else args.padding
     except NotExpressible:
         return _through_torch(1, dy.new_empty_strided(size, strides), args)
     if not args.transposed:
-        run = _planned(_problem("wgrad", spec_of(x), dw, spec_of(dy), padding, args, dy.device), strides, x, geometry[-1])
+        run = _planned(
+            _problem("wgrad", spec_of(x), dw, spec_of(dy), padding, args, dy.device), strides, x, geometry[-1]
+        )
         return lambda dy, x, bias: run(x, dy, None)
     problem = _problem("wgrad", spec_of(dy), dw, spec_of(x), padding, args, dy.device)
     return _planned(problem, strides, x, geometry[-1])
@@ -381,14 +386,18 @@ def traced(
     policy: Policy | None,
     out: Tensor | None,
 ) -> Tensor:
-    """One of convplan's functions as a compiler sees it, which can look at neither memory nor caches."""
+    """One of convplan's functions as a compiler sees it, which can look at neither memory nor caches.
+
+    Raises:
+        SpecError: as the function itself, while it is compiled.
+    """
     device = input.device.type
     if torch.is_autocast_enabled(device):
         input, weight, bias = _autocast(torch.get_autocast_dtype(device), input, weight, bias)
     x = input.unsqueeze(0) if input.dim() == weight.dim() - 1 else input
     if device in ("cpu", "cuda"):
         text = "" if policy is None else _constant_text(policy)
-        result = torch.ops.convplan.convolution(
+        result: Tensor = torch.ops.convplan.convolution(
             x, weight, bias, args.stride, flat_padding(args), args.dilation, args.transposed, args.output_padding,
             args.groups, text,
         )  # fmt: skip
@@ -398,12 +407,20 @@ def traced(
             x, weight, bias, args.stride, pads, args.dilation, args.transposed, args.output_padding, args.groups
         )
     result = result if x is input else result.squeeze(0)
-    return result if out is None else out.copy_(result)
+    if out is None:
+        return result
+    if result.requires_grad or out.requires_grad:
+        raise SpecError("out= is given and a tensor requires a gradient; expected out=None, or torch.no_grad()")
+    if out.shape != result.shape or out.dtype != result.dtype:
+        raise SpecError(f"out is {tuple(out.shape)} {out.dtype}, expected {tuple(result.shape)} {result.dtype}")
+    return out.copy_(result)
 
 
 def _autocast(dtype: torch.dtype, *tensors: Tensor | None) -> Any:
     return [
-        tensor.to(dtype) if tensor is not None and tensor.is_floating_point() and tensor.dtype != torch.float64 else tensor
+        tensor.to(dtype)
+        if tensor is not None and tensor.is_floating_point() and tensor.dtype != torch.float64
+        else tensor
         for tensor in tensors
     ]
 
