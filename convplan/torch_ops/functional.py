@@ -31,8 +31,8 @@ from convplan.torch_ops.adapter import (
     output_spec,
     spec_of,
 )
-from convplan.torch_ops.library import traced
 from convplan.torch_ops.override import NO_GRADIENTS, live_flags, note_fallback
+from convplan.torch_ops.traced import traced
 
 _is_compiling = torch.compiler.is_compiling
 _any_autocast = torch._C._is_any_autocast_enabled

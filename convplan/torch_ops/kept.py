@@ -33,7 +33,7 @@ from convplan.torch_ops.adapter import (
     suggests_channels_last,
     transposed_padding,
 )
-from convplan.torch_ops.library import flat_padding, policy_text
+from convplan.torch_ops.library import policy_text
 
 log = logging.getLogger("convplan.compile")
 
@@ -236,14 +236,9 @@ class _Call(NamedTuple):
             return None
         return cls(x, w, args, policy)
 
-    @property
-    def ending(self) -> tuple[Any, ...]:
-        """The arguments that all of convplan's operators end in."""
-        args = self.args
-        return (
-            list(args.stride), flat_padding(args), list(args.dilation), args.transposed, list(args.output_padding),
-            args.groups, self.policy,
-        )  # fmt: skip
+    def text(self, channels_last: bool = False) -> str:
+        """The arguments as convplan's operators take them; `channels_last` of a gradient that is asked for."""
+        return library.Call.of(self.args, self.policy, channels_last).text
 
 
 def _by_name(node: Node) -> dict[str, Any]:
@@ -273,8 +268,8 @@ def _replace_forward(graph: Graph, node: Node, call: _Call, layouts: _Layouts) -
     with graph.inserting_before(node):
         if layouts.is_channels_last(call):
             x, w = layouts.channels_last(x, exactly=True), layouts.channels_last(w, exactly=False)
-        arguments = (x, w, None if apart else bias, *call.ending)
-        new = _insert(graph, node, torch.ops.convplan.convolution.default, arguments)
+        arguments = (x, w, None if apart else bias, call.text())
+        new = _insert(graph, node, torch.ops.convplan.convolution.kept, arguments)
         if apart:
             shape = [bias.meta["val"].shape[0], *[1] * len(call.args.stride)]
             column = _insert(graph, node, _aten.reshape.default, (bias, shape))
@@ -311,13 +306,13 @@ def _replace_backward(graph: Graph, node: Node, call: _Call, layouts: _Layouts) 
                 arguments: tuple[Any, ...] = (operands["dy"], [0, *range(2, x_value.dim())])
                 new = _insert(graph, user, _aten.sum.dim_IntList, arguments)
             elif _place(user) == 0:
-                arguments = (operand("dy"), operand("w"), _sizes(graph, call.x), is_last, *call.ending)
-                new = _insert(graph, user, torch.ops.convplan.input_gradient.default, arguments)
+                arguments = (operand("dy"), operand("w"), _sizes(graph, call.x), call.text(is_last))
+                new = _insert(graph, user, torch.ops.convplan.input_gradient.kept, arguments)
             else:
-                # The same memory under either name: under that of the weight, whose strides it is expected to have.
+                # Where both mean the same memory, the strides are to be those that the weight's size-1 dimensions have.
                 either = _value(call.w).is_contiguous() and _is_channels_last(_value(call.w))
-                arguments = (operand("dy"), operand("x"), _sizes(graph, call.w), is_last and not either, *call.ending)
-                new = _insert(graph, user, torch.ops.convplan.weight_gradient.default, arguments)
+                arguments = (operand("dy"), operand("x"), _sizes(graph, call.w), call.text(is_last and not either))
+                new = _insert(graph, user, torch.ops.convplan.weight_gradient.kept, arguments)
         layouts.replaced(user, new)
         user.replace_all_uses_with(new)
         graph.erase_node(user)

@@ -9,9 +9,13 @@ dilation, transposed, output_padding, groups, policy. `size` and `channels_last`
 `policy` is a policy as JSON, or empty for the one that holds while the operator runs. Each is linear in both tensors,
 and its gradients are the other two.
 
+Each has an overload `kept`, which takes those arguments as one text (`Call`) and has no gradient: it stands in compiled
+models, where autograd has done its work. Handing eight arguments through the dispatcher costs as much as all that
+convplan does on a hit.
+
 An operator's shapes and strides come from `adapter`, for tensors with and without memory alike, so that what a compiler
 was told beforehand is what it gets. Eager calls of convplan's functions do not come here: `functional` is quicker.
-What replaces torch's convolutions in a compiled model is in `kept`.
+What they are to a compiler is in `traced`, and what replaces torch's convolutions in a compiled model in `kept`.
 """
 
 from __future__ import annotations
@@ -58,7 +62,61 @@ _SCHEMAS = (
     f"convolution(Tensor x, Tensor w, Tensor? bias, {_ENDING}) -> Tensor",
     f"input_gradient(Tensor dy, Tensor w, SymInt[] size, bool channels_last, {_ENDING}) -> Tensor",
     f"weight_gradient(Tensor dy, Tensor x, SymInt[] size, bool channels_last, {_ENDING}) -> Tensor",
+    "convolution.kept(Tensor x, Tensor w, Tensor? bias, str call) -> Tensor",
+    "input_gradient.kept(Tensor dy, Tensor w, SymInt[] size, str call) -> Tensor",
+    "weight_gradient.kept(Tensor dy, Tensor x, SymInt[] size, str call) -> Tensor",
 )
+
+
+class Call(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """The arguments of an operator beside its tensors, as the overloads `kept` take them: as JSON.
+
+    Args:
+        stride, padding, dilation, transposed, output_padding, groups, policy: as the operators take them.
+        channels_last: of a gradient, whether the result is.
+    """
+
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
+    output_padding: tuple[int, ...]
+    transposed: bool = False
+    groups: int = 1
+    policy: str = ""
+    channels_last: bool = False
+
+    @classmethod
+    def of(cls, args: ConvArgs, policy: str, channels_last: bool = False) -> Call:
+        """The same arguments in this form."""
+        return cls(
+            stride=args.stride, padding=tuple(flat_padding(args)), dilation=args.dilation, transposed=args.transposed,
+            output_padding=args.output_padding, groups=args.groups, policy=policy, channels_last=channels_last,
+        )  # fmt: skip
+
+    @property
+    def text(self) -> str:
+        """What the overloads take."""
+        return msgspec.json.encode(self).decode()
+
+    @property
+    def geometry(self) -> Geometry:
+        """What the other overloads end in."""
+        return (
+            self.stride, self.padding, self.dilation, self.transposed, self.output_padding, self.groups, self.policy,
+        )  # fmt: skip
+
+
+@functools.lru_cache(maxsize=4096)
+def call_of(text: str) -> Call:
+    """The arguments in a text, which may come from a file.
+
+    Raises:
+        SpecError: it holds none.
+    """
+    try:
+        return msgspec.json.decode(text, type=Call)
+    except msgspec.MsgspecError as exc:
+        raise SpecError(f"call is {text[:200]!r}, expected an operator's arguments as JSON: {exc}") from exc
 
 
 def policy_text(policy: Policy | None) -> str:
@@ -144,6 +202,14 @@ def _fake_gradient(dy: Tensor, other: Tensor, size: Ints, channels_last: bool, *
     return dy.new_empty_strided(tuple(size), _strides(size, channels_last))
 
 
+def _fake_kept_convolution(x: Tensor, w: Tensor, bias: Tensor | None, call: str) -> Tensor:
+    return _fake_convolution(x, w, bias, *call_of(call).geometry)
+
+
+def _fake_kept_gradient(dy: Tensor, other: Tensor, size: Ints, call: str) -> Tensor:
+    return _fake_gradient(dy, other, size, call_of(call).channels_last)
+
+
 # --- what runs
 
 Run = Callable[[Tensor, Tensor, "Tensor | None"], Tensor]
@@ -185,6 +251,44 @@ def _found(
             callers.move_to_end(key)
     else:
         caller = _NEW[name](first, second, bias, result, geometry)
+        local.remember(key, token, caller, device)
+    return caller
+
+
+def _kept_convolution(x: Tensor, w: Tensor, bias: Tensor | None, call: str) -> Tensor:
+    """The kernel of `convplan::convolution.kept`."""
+    return _found_kept("convolution", x, w, bias, (), call)(x, w, bias)
+
+
+def _kept_input_gradient(dy: Tensor, w: Tensor, size: Ints, call: str) -> Tensor:
+    """The kernel of `convplan::input_gradient.kept`."""
+    return _found_kept("input_gradient", dy, w, None, tuple(size), call)(dy, w, None)
+
+
+def _kept_weight_gradient(dy: Tensor, x: Tensor, size: Ints, call: str) -> Tensor:
+    """The kernel of `convplan::weight_gradient.kept`."""
+    return _found_kept("weight_gradient", dy, x, None, tuple(size), call)(dy, x, None)
+
+
+def _found_kept(name: str, first: Tensor, second: Tensor, bias: Tensor | None, size: tuple[int, ...], call: str) -> Run:
+    """As `_found`, with a shorter key."""
+    token, device = state.token, first.get_device()
+    key = (
+        name, call, token, first.shape, first.stride(), first.dtype, second.shape, second.stride(), second.dtype,
+        None if bias is None else (bias.shape, bias.dtype), size, device,
+        ALIGNMENT_BYTES[first.data_ptr() & 31], ALIGNMENT_BYTES[second.data_ptr() & 31],
+        live_flags(device, first.dtype),
+    )  # fmt: skip
+    callers = local.callers
+    caller = callers.get(key)
+    if caller is not None:
+        callers.hits[0] += 1
+        if callers.crowded:
+            callers.move_to_end(key)
+    else:
+        given = call_of(call)
+        result = (*size, given.channels_last) if size else ()
+        caller = _NEW[name](first, second, bias, result, given.geometry)
         local.remember(key, token, caller, device)
     return caller
 
@@ -356,11 +460,16 @@ def _register() -> torch.library.Library:
     tags = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
     for schema in _SCHEMAS:
         library.define(schema, tags=tags)
-    kernels = {"convolution": _convolution, "input_gradient": _input_gradient, "weight_gradient": _weight_gradient}
-    for name, kernel in kernels.items():
+    for name, kernel, fake in (
+        ("convolution", _convolution, _fake_convolution),
+        ("input_gradient", _input_gradient, _fake_gradient),
+        ("weight_gradient", _weight_gradient, _fake_gradient),
+        ("convolution.kept", _kept_convolution, _fake_kept_convolution),
+        ("input_gradient.kept", _kept_input_gradient, _fake_kept_gradient),
+        ("weight_gradient.kept", _kept_weight_gradient, _fake_kept_gradient),
+    ):
         for device in ("CPU", "CUDA"):
             library.impl(name, kernel, device)
-        fake = _fake_convolution if name == "convolution" else _fake_gradient
         torch.library.register_fake(f"convplan::{name}", fake, lib=library)
     for name, backward, setup in (
         ("convolution", _convolution_backward, _setup_convolution),
@@ -373,63 +482,3 @@ def _register() -> torch.library.Library:
 
 _library = _register()  # kept: torch forgets the operators with it
 _ops: Any = torch.ops.convplan
-
-
-# --- traced
-
-
-def traced(
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    args: ConvArgs,
-    policy: Policy | None,
-    out: Tensor | None,
-) -> Tensor:
-    """One of convplan's functions as a compiler sees it, which can look at neither memory nor caches.
-
-    Raises:
-        SpecError: as the function itself, while it is compiled.
-    """
-    device = input.device.type
-    if torch.is_autocast_enabled(device):
-        input, weight, bias = _autocast(torch.get_autocast_dtype(device), input, weight, bias)
-    x = input.unsqueeze(0) if input.dim() == weight.dim() - 1 else input
-    if device in ("cpu", "cuda"):
-        text = "" if policy is None else _constant_text(policy)
-        result: Tensor = torch.ops.convplan.convolution(
-            x, weight, bias, args.stride, flat_padding(args), args.dilation, args.transposed, args.output_padding,
-            args.groups, text,
-        )  # fmt: skip
-    else:
-        pads = [before for before, _ in args.padding]
-        result = torch.convolution(
-            x, weight, bias, args.stride, pads, args.dilation, args.transposed, args.output_padding, args.groups
-        )
-    result = result if x is input else result.squeeze(0)
-    if out is None:
-        return result
-    if result.requires_grad or out.requires_grad:
-        raise SpecError("out= is given and a tensor requires a gradient; expected out=None, or torch.no_grad()")
-    if out.shape != result.shape or out.dtype != result.dtype:
-        raise SpecError(f"out is {tuple(out.shape)} {out.dtype}, expected {tuple(result.shape)} {result.dtype}")
-    return out.copy_(result)
-
-
-def _autocast(dtype: torch.dtype, *tensors: Tensor | None) -> Any:
-    return [
-        tensor.to(dtype)
-        if tensor is not None and tensor.is_floating_point() and tensor.dtype != torch.float64
-        else tensor
-        for tensor in tensors
-    ]
-
-
-def _constant_text(policy: Policy) -> str:
-    return policy_text(policy)
-
-
-# What `torch.compiler.assume_constant_result` does, without importing Dynamo, which takes two seconds.
-_constant_text._dynamo_marked_constant = True  # type: ignore[attr-defined]
-# A policy is a value to Dynamo: it compiles anew for a policy that is not equal.
-torch.utils._pytree.register_constant(Policy)
