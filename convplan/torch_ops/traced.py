@@ -73,8 +73,12 @@ def _constant_text(policy: Policy) -> str:
     return policy_text(policy)
 
 
-for function in (_is_transformed, _constant_text):
-    # What `torch.compiler.assume_constant_result` does, without importing Dynamo, which takes two seconds.
-    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
-# A policy is a value to Dynamo: it compiles anew for a policy that is not equal.
+def _mark_constant(function: object) -> None:
+    """What `torch.compiler.assume_constant_result` does, without importing Dynamo, which takes two seconds."""
+    setattr(function, "_dynamo_marked_constant", True)  # noqa: B010  (functions have no such attribute to type checkers)
+
+
+_mark_constant(_is_transformed)
+_mark_constant(_constant_text)
+# A policy is a constant to Dynamo, which compiles anew for another one.
 torch.utils._pytree.register_constant(Policy)
