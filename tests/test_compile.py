@@ -114,16 +114,16 @@ def test_gradients_of_every_order_are_right(geometry: tuple[Any, ...]) -> None:
     assert torch.autograd.gradgradcheck(run, (x, w, bias), fast_mode=True)
 
 
-@pytest.mark.parametrize("form", FORMATS)
-@pytest.mark.parametrize("one", CALLS, ids=lambda one: one.id)
+LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
+LAID_OUT = [(one, form) for one in CALLS for form in FORMATS if form == "contiguous" or len(one.x) in LAST]
+
+
+@pytest.mark.parametrize(("one", "form"), LAID_OUT, ids=lambda value: getattr(value, "id", value))
 def test_what_a_compiler_is_told_is_what_it_gets(one: Call, form: str) -> None:
     """Sizes, strides and dtype of a call on tensors without memory are those of the same call on real ones."""
     x, w, bias = one.tensors(torch.float32)
     if form == "channels_last":
-        last = {4: torch.channels_last, 5: torch.channels_last_3d}
-        if x.dim() not in last:
-            pytest.skip("torch has no channels-last of this rank")
-        x = x.contiguous(memory_format=last[x.dim()])
+        x = x.contiguous(memory_format=LAST[x.dim()])
     x = x if x.dim() == w.dim() else x[None]
     arguments = geometry_of(one, w)
     real = torch.ops.convplan.convolution(x, w, bias, *arguments)
@@ -379,6 +379,29 @@ def test_a_compiled_model_under_enable_has_no_breaks_and_is_planned_forward_and_
     assert (stats["misses"], stats["fell_back"], stats["failed"]) == (8, 0, 0)  # four forwards and their backwards
     for one, two in zip(found, right, strict=True):
         close(one, two)
+
+
+@pytest.mark.parametrize("way", ["enabled", "function"])
+def test_what_runs_between_graphs_is_planned_without_dynamo_looking_into_it(way: str) -> None:
+    w, seen = numbers(6, 4, 3, 3), []
+    policy = Policy(budget_s=0.02, tune_after=1, engines=("matmul", "aten"))
+
+    def observing(module: torch.fx.GraphModule, _: Any) -> Any:
+        seen.append(module)
+        return module
+
+    @torch._dynamo.disable(recursive=False)
+    def eagerly(x: Tensor) -> Tensor:
+        return torch.conv2d(x, w) if way == "enabled" else convplan.conv2d(x, w, policy=policy)
+
+    run = torch.compile(lambda x: eagerly(x + 1).relu(), backend=observing)
+    x = numbers(2, 4, 7, 7)
+    with convplan.enabled(policy):
+        for _ in range(2):
+            torch.testing.assert_close(run(x), F.conv2d(x + 1, w).relu(), rtol=1e-4, atol=1e-4)
+    assert convplan.stats()["tuned"] >= 1
+    names = {str(node.target) for module in seen for node in module.graph.nodes if node.op == "call_function"}
+    assert names <= {"<built-in function add>", "convplan.convolution"}, names
 
 
 # --- what Inductor keeps

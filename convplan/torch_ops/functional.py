@@ -33,6 +33,7 @@ from convplan.torch_ops.adapter import (
 )
 from convplan.torch_ops.override import NO_GRADIENTS, live_flags, note_fallback
 from convplan.torch_ops.traced import traced
+from convplan.torch_ops.undisturbed import undisturbed
 
 _is_compiling = torch.compiler.is_compiling
 _any_autocast = torch._C._is_any_autocast_enabled
@@ -178,6 +179,7 @@ def conv_transpose3d(
     return _convolution(3, input, weight, bias, stride, padding, dilation, True, output_padding, groups, policy, out)
 
 
+@undisturbed
 def _convolution(
     spatial: int,
     input: Tensor,

@@ -45,6 +45,7 @@ from convplan.torch_ops.adapter import (
     transposed_spatial,
 )
 from convplan.torch_ops.override import NO_GRADIENTS, live_flags
+from convplan.torch_ops.undisturbed import undisturbed
 
 Tensor = torch.Tensor
 Ints = Sequence[int]
@@ -469,7 +470,7 @@ def _register() -> torch.library.Library:
         ("weight_gradient.kept", _kept_weight_gradient, _fake_kept_gradient),
     ):
         for device in ("CPU", "CUDA"):
-            library.impl(name, kernel, device)
+            library.impl(name, undisturbed(kernel), device)
         torch.library.register_fake(f"convplan::{name}", fake, lib=library)
     for name, backward, setup in (
         ("convolution", _convolution_backward, _setup_convolution),
