@@ -23,7 +23,11 @@ Tensor = torch.Tensor
 INSTANT = Policy(effort="instant", capture_miss="error")
 AT_ONCE = Policy(tune_after=1, budget_s=0.02, capture_miss="error")
 
-pytestmark = pytest.mark.behaviour("C8")
+pytestmark = [
+    pytest.mark.behaviour("C8"),
+    # Inductor and what it imports warn of their own: of TF32 that is not switched on, of functions about to go.
+    pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning:torch.*"),
+]
 
 
 @pytest.fixture(autouse=True)
