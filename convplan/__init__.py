@@ -54,6 +54,7 @@ if TYPE_CHECKING:
         conv_transpose2d,
         conv_transpose3d,
     )
+    from convplan.torch_ops.kept import compile_options
     from convplan.torch_ops.override import disable, enable, enabled
 
 _HOMES = {
@@ -91,6 +92,7 @@ _HOMES = {
         "conv_transpose2d",
         "conv_transpose3d",
     ),
+    "convplan.torch_ops.kept": ("compile_options",),
     "convplan.torch_ops.override": ("disable", "enable", "enabled"),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
@@ -132,6 +134,7 @@ __all__ = [
     "capture",
     "check_plans",
     "clear_plans",
+    "compile_options",
     "conv1d",
     "conv2d",
     "conv3d",

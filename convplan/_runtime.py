@@ -887,6 +887,7 @@ class Runner:
         """Count one more sighting of a provisional choice; take over the record when another one was chosen."""
         with on_device(self._device):
             if in_graph_capture(self._device):
+                log.info("a CUDA graph keeps an untuned plan, more calls before its capture tune it: %s", self._problem)
                 return
             record = self._choice.record
             if self._fresh:  # the sighting that made this runner is counted already

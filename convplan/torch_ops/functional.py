@@ -33,7 +33,10 @@ from convplan.torch_ops.adapter import (
     spec_of,
 )
 from convplan.torch_ops.override import NO_GRADIENTS, live_flags, note_fallback
+from convplan.torch_ops.traced import traced
+from convplan.torch_ops.undisturbed import undisturbed
 
+_is_compiling = torch.compiler.is_compiling
 _any_autocast = torch._C._is_any_autocast_enabled
 
 Tensor = torch.Tensor
@@ -177,6 +180,7 @@ def conv_transpose3d(
     return _convolution(3, input, weight, bias, stride, padding, dilation, True, output_padding, groups, policy, out)
 
 
+@undisturbed
 def _convolution(
     spatial: int,
     input: Tensor,
@@ -196,6 +200,8 @@ def _convolution(
     What has to be worked out from the arguments is worked out once, in `_new_caller`.
     """
     raw = (stride, padding, dilation, transposed, output_padding, groups)
+    if _is_compiling():
+        return traced(input, weight, bias, _arguments(spatial, weight, *raw), policy, out)
     try:
         if _any_autocast() and torch.is_autocast_enabled(input.device.type):
             input, weight, bias = _autocast(input, weight, bias)

@@ -38,6 +38,7 @@ from convplan.torch_ops.adapter import (
     gradient_problem,
     output_strides,
 )
+from convplan.torch_ops.undisturbed import undisturbed
 
 log = logging.getLogger("convplan.override")
 
@@ -116,6 +117,7 @@ class _Seen:
         self.flags, self.few_flags = flags, len(flags) == 3
 
 
+@undisturbed
 def _forward(
     x: Tensor,
     w: Tensor,
@@ -196,6 +198,7 @@ def _forward(
     return result
 
 
+@undisturbed
 def _backward(
     dy: Tensor,
     x: Tensor,
