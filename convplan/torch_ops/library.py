@@ -304,7 +304,7 @@ def _new_convolution(x: Tensor, w: Tensor, bias: Tensor | None, result: tuple[in
         return _without_autocast(lambda x, w, bias: torch.convolution(x, w, bias, *rest), x.device.type)
     strides = output_strides(problem.output.dims, x, w, args)
     gradients = (x.requires_grad, w.requires_grad)
-    return _planned(problem, strides, x, geometry[-1], gradients if torch.is_grad_enabled() else NO_GRADIENTS)
+    return _planned(problem, strides, w, geometry[-1], gradients if torch.is_grad_enabled() else NO_GRADIENTS)
 
 
 def _new_input_gradient(dy: Tensor, w: Tensor, bias: Tensor | None, result: tuple[int, ...], geometry: Geometry) -> Run:
@@ -319,7 +319,7 @@ def _new_input_gradient(dy: Tensor, w: Tensor, bias: Tensor | None, result: tupl
         problem = _problem("fprop", spec_of(dy), spec_of(w), dx, padding, args, dy.device)
     else:
         problem = _problem("dgrad", dx, spec_of(w), spec_of(dy), padding, args, dy.device)
-    return _planned(problem, strides, dy, geometry[-1])
+    return _planned(problem, strides, w, geometry[-1])
 
 
 def _new_weight_gradient(
@@ -366,20 +366,20 @@ def _problem(
 def _planned(
     problem: Problem,
     strides: tuple[int, ...],
-    tensor: Tensor,
+    second: Tensor,
     policy: str,
     gradients: tuple[bool, bool] = NO_GRADIENTS,
 ) -> Run:
     from convplan.torch_ops.functional import _Caller  # which imports this module
 
-    caller = _Caller.of(problem, policy_of(policy), tensor.get_device(), gradients)
+    caller = _Caller.of(problem, policy_of(policy), second.get_device(), second, gradients)
 
     def run(first: Tensor, second: Tensor, bias: Tensor | None) -> Tensor:
         result = caller(first, second, bias, None)
         # Strides of size-1 dimensions are open to a plan, and a compiler has been told them.
         return result if result.stride() == strides else result.as_strided(result.shape, strides)
 
-    return _without_autocast(run, tensor.device.type)
+    return _without_autocast(run, second.device.type)
 
 
 def _through_torch(place: int, like: Tensor, args: ConvArgs) -> Run:
