@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+from collections.abc import Iterator
 
 import pytest
 
@@ -12,6 +13,11 @@ THREADS = 2  # results of a reduction may depend on the number of threads, so it
 # Threads that wait in a loop take the cores from the ones they wait for: on a busy machine tests take 4 times as long.
 # Read once, when torch is first imported; this file is imported before any test.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+PRECISIONS = [
+    ("generic", "all"),
+    *((backend, op) for backend in ("cuda", "mkldnn") for op in ("all", "matmul", "conv", "rnn")),
+]  # of float32, in torch's newer spelling
 
 _numbers = itertools.count()
 
@@ -33,6 +39,24 @@ def _same_numbers() -> None:
     torch.manual_seed(0)
     if torch.get_num_threads() != THREADS:
         torch.set_num_threads(THREADS)
+
+
+@pytest.fixture(autouse=True)
+def _torch_as_it_was() -> Iterator[None]:
+    """No flag of torch's that a test sets is left for another: its own scopes leave some, and mixed spellings raise."""
+    import torch
+
+    names = ("mkldnn_enabled", "cudnn_enabled", "cudnn_benchmark", "cudnn_deterministic")
+    before = {name: getattr(torch._C, f"_get_{name}")() for name in names}
+    get = getattr(torch._C, "_get_fp32_precision_getter", None)
+    precisions = {pair: get(*pair) for pair in PRECISIONS} if get else {}
+    yield
+    for name, value in before.items():
+        if getattr(torch._C, f"_get_{name}")() != value:
+            getattr(torch._C, f"_set_{name}")(value)
+    for pair, value in precisions.items():
+        if get(*pair) != value:
+            torch._C._set_fp32_precision_setter(*pair, value)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
