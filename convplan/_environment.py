@@ -16,6 +16,7 @@ import msgspec
 from convplan._errors import SpecError
 
 PROBE_FAILED = "probe failed"  # never equal to an answer of a working probe
+PRECISIONS = ("matmul_precision", "conv_precision")  # that programs switch over for a part of their work
 SWITCHED_OFF = "off"
 _BUILT_AHEAD = ("built", "ahead of time")
 _AHEAD_LABELS = ("gpu", "capability", "multiprocessors", "cudnn")  # all that such plans depend on
@@ -55,10 +56,10 @@ class Environment(msgspec.Struct, frozen=True, forbid_unknown_fields=True, cache
         return (("device", self.device), *self.items)
 
     def differs_by_switches(self, other: Environment) -> bool:
-        """Whether a program comes from the one to the other by switching libraries off and on."""
+        """Whether a program comes from the one to the other by switching libraries off and on, or precisions over."""
         mine, theirs = dict(self.key_items()), dict(other.key_items())
-        differ = [(mine.get(label), theirs.get(label)) for label in {*mine, *theirs}]
-        return all(SWITCHED_OFF in pair for pair in differ if pair[0] != pair[1])
+        differ = {label: (mine.get(label), theirs.get(label)) for label in {*mine, *theirs}}
+        return all(SWITCHED_OFF in pair or label in PRECISIONS for label, pair in differ.items() if pair[0] != pair[1])
 
     def differences(self, other: Environment) -> str:
         """The items that differ, as `threads 2 -> 4, torch 2.12 -> 2.13`; this environment first."""

@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -35,6 +36,22 @@ Call = Callable[[], object]
 Result = TypeVar("Result")
 
 
+class _Streams(threading.local):
+    """The calling thread's stream for samples, one for each GPU. Torch keeps cuBLAS's workspace, 32 MiB on large GPUs,
+    for every stream that it was ever used on."""
+
+    def __init__(self) -> None:
+        self._by_device: dict[torch.device, torch.cuda.Stream] = {}
+
+    def of(self, device: torch.device) -> torch.cuda.Stream:
+        if device not in self._by_device:
+            self._by_device[device] = torch.cuda.Stream(device)
+        return self._by_device[device]
+
+
+_streams = _Streams()
+
+
 class GraphTimer:
     """Samples for a race on one GPU. Graphs share one pool of memory and go with this object.
 
@@ -51,7 +68,7 @@ class GraphTimer:
         self.clock = clock
         self._device = device
         self._turns = turns
-        self._side = torch.cuda.Stream(device)
+        self._side = _streams.of(device)
         self._pool = torch.cuda.graph_pool_handle()
         self._graphs: dict[Call, torch.cuda.CUDAGraph | None] = {}
         self._events: list[torch.cuda.Event] = []

@@ -58,6 +58,7 @@ CHECK_LIMIT_S = 60.0  # comparing one output with the reference: this program's 
 SAMPLE_S = 0.05  # for a first sample of one candidate
 LEAK_LOOK_US = 200_000.0  # runs that only look for a leak take at most about that long
 CHANCES = 4  # more runs of what seems far behind: a busy machine can make any run slow
+SLOW_START_US = 10 * FIRST_RUN_GRACE_US  # a first run shorter than that may have been slow to start
 FAR_BEHIND = 1.3  # times the best: what nobody proposed and runs that long on a GPU's own clock, is left there
 KEPT = 24  # candidates that stay built, the fastest: the race will want them
 RACE_PATIENCE = 20.0  # times what a sample should take, after which it is stuck
@@ -260,8 +261,8 @@ class _Worker:
         if spoilt:
             raise _Refused("corrupt", spoilt)
         hopeless_us = max(FIRST_RUN_CUTOFF * best_us, FIRST_RUN_GRACE_US)
-        if first_us > hopeless_us and config.engine not in self._warm:
-            # An engine's first run in a process sets its library up, which is nobody's fault.
+        if first_us > hopeless_us and (config.engine not in self._warm or first_us < SLOW_START_US):
+            # An engine's first run in a process sets its library up, and a kernel's loads it, which is nobody's fault.
             first_us = self._launch(item, lambda: run(*self._bench.inputs, place))
         self._warm.add(config.engine)
         if first_us > hopeless_us:

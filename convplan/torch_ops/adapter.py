@@ -133,14 +133,21 @@ def output_layout(x: torch.Tensor, w: torch.Tensor, args: ConvArgs) -> str:
 
 
 def _cudnn_may_choose(x: torch.Tensor, w: torch.Tensor, args: ConvArgs) -> bool:
-    """Torch gives the convolution to cuDNN, and lets the tensors decide about the layout: of float64 it does not."""
+    """Torch gives the convolution to cuDNN, and lets the tensors decide about the layout: of float64 it does not.
+
+    Raises:
+        SpecError: torch refuses the arguments; its own error is for its own call to raise.
+    """
     if x.dtype == torch.float64:
         return False
     outer = list(args.output_padding)
     padding = [before for before, _ in args.padding]
-    chosen = torch._C._select_conv_backend(
-        x, w, None, list(args.stride), padding, list(args.dilation), args.transposed, outer, args.groups
-    )
+    try:
+        chosen = torch._C._select_conv_backend(
+            x, w, None, list(args.stride), padding, list(args.dilation), args.transposed, outer, args.groups
+        )
+    except RuntimeError as exc:
+        raise SpecError(f"torch refuses these arguments: {exc}") from exc
     return chosen.name in ("Cudnn", "CudnnTranspose")
 
 

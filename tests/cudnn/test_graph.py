@@ -367,6 +367,19 @@ def test_strided_inputs_are_read_as_they_are_or_copied_first(op: str, cudnn: Cud
 
 
 @pytest.mark.parametrize("op", OPS)
+def test_a_plan_that_runs_unverified_copies_strided_inputs_first(op: str, cudnn: CudnnEngine) -> None:
+    first = {"fprop": "x", "dgrad": "y", "wgrad": "x"}[op]
+    problem = small(op, dtype="float32")
+    spec = getattr(problem, first)
+    backwards = tuple(reversed(contiguous_strides(tuple(reversed(spec.dims)))))  # the batch steps least
+    for strided in (spaced(problem, first), with_tensor(problem, first, strides=backwards)):
+        candidates = cudnn.configs(strided, "instant")
+        leading = [one for one in candidates if one.source != "fallback"]
+        assert leading[0].config.knob("dense") == 1
+        assert {one.config for one in candidates} <= {one.config for one in cudnn.configs(strided, "measure")}
+
+
+@pytest.mark.parametrize("op", OPS)
 def test_inputs_whose_elements_share_memory_are_always_copied(op: str, cudnn: CudnnEngine) -> None:
     first = {"fprop": "x", "dgrad": "y", "wgrad": "x"}[op]
     problem = expanded(small(op), first)

@@ -14,6 +14,7 @@ from torch import nn
 import convplan
 from convplan import Policy
 
+CUBLAS_BYTES = 2 * 32 * 2**20  # torch keeps a workspace for each stream: the program's, and that of the timing
 ROUNDING_BYTES = 2**20  # the allocator's, over the blocks of one step
 MIB = 2**20
 
@@ -113,4 +114,4 @@ def test_planning_gives_back_what_it_took() -> None:
         step_bytes(model, images, None)
         model.zero_grad(set_to_none=True)
         gc.collect()
-        assert torch.cuda.memory_allocated() <= before + ROUNDING_BYTES
+        assert torch.cuda.memory_allocated() <= before + CUBLAS_BYTES + ROUNDING_BYTES

@@ -214,7 +214,7 @@ def test_ranges_reach_nvtx_and_the_profiler(monkeypatch: pytest.MonkeyPatch) -> 
         assert pushed == []
         with convplan.profiling():
             activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
-            with torch.profiler.profile(activities=activities) as seen:
+            with torch.profiler.profile(activities=activities, acc_events=True) as seen:
                 for _ in range(2):
                     F.conv2d(x, w, padding=1)
                 torch.cuda.synchronize()

@@ -19,7 +19,7 @@ import torch
 from torch.utils import _pytree as pytree
 
 import convplan
-from convplan import Policy
+from convplan import Policy, _runtime
 from helpers.calls import Call, call
 
 Tensor = torch.Tensor
@@ -276,6 +276,7 @@ def check(case: Case, device: str, policies: Mapping[str, Policy]) -> None:
         stock = outcome(case.run, Place(device, dtype))
         right = outcome(case.run, Place("cpu", dtype, F64)) if not stock.error else stock
         place = Place(device, dtype)
+        _runtime.forget()
         convplan.stats(reset=True)
         for turns, (name, policy) in zip(TURNS, chosen if case.every_policy else chosen[:1], strict=False):
             with convplan.enabled(policy):
@@ -285,8 +286,9 @@ def check(case: Case, device: str, policies: Mapping[str, Policy]) -> None:
         stats = convplan.stats()
         if not stock.error and (stats["fell_back"], stats["failed"]) != (0, 0):
             wrong.append(f"{dtype}: {stats}")
-        if case.planned is not None and bool(stats["planned"]) != case.planned:
-            wrong.append(f"{dtype}: {stats['planned']} planned, expected {'some' if case.planned else 'none'}")
+        planned = stats["planned"] + stats["from_store"]
+        if case.planned is not None and bool(planned) != case.planned:
+            wrong.append(f"{dtype}: {planned} planned, expected {'some' if case.planned else 'none'}")
     assert wrong == [], "\n".join([case.id, *wrong])
 
 

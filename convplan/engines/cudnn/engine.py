@@ -112,7 +112,12 @@ class CudnnEngine:
         target = self._target()
         found: dict[EngineConfig, Candidate] = {}
         errata = Errata.load()
-        for knobs, graph in _graphs(problem, target):
+        graphs = list(_graphs(problem, target))
+        if effort == "instant":
+            # Some engines take strided inputs and compute something else of them (cuDNN 9.19, H200). A plan that runs
+            # unverified copies them, as stock torch does.
+            graphs.reverse()
+        for knobs, graph in graphs:
             for source in _SOURCES[effort]:
                 for configuration in heuristic_configurations(graph, target, source):
                     candidate = _candidate(configuration, knobs, problem, target, errata)
