@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
@@ -14,6 +16,14 @@ THREADS = 2  # results of a reduction may depend on the number of threads, so it
 # Read once, when torch is first imported; this file is imported before any test.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
+FLAGS = (
+    "mkldnn_enabled",
+    "cudnn_enabled",
+    "cudnn_benchmark",
+    "cudnn_deterministic",
+    "float32_matmul_precision",
+    "cudnn_allow_tf32",
+)
 PRECISIONS = [
     ("generic", "all"),
     *((backend, op) for backend in ("cuda", "mkldnn") for op in ("all", "matmul", "conv", "rnn")),
@@ -41,22 +51,31 @@ def _same_numbers() -> None:
         torch.set_num_threads(THREADS)
 
 
+def _torch_flags() -> dict[tuple[str, ...], Any]:
+    """Torch's flags: the older spellings first, whose setters change the newer ones too."""
+    import torch
+
+    found: dict[tuple[str, ...], Any] = {}
+    for name in FLAGS:
+        with contextlib.suppress(RuntimeError):  # where both spellings were mixed
+            found[(name,)] = getattr(torch._C, f"_get_{name}")()
+    get = getattr(torch._C, "_get_fp32_precision_getter", None)
+    return found | ({pair: get(*pair) for pair in PRECISIONS} if get else {})
+
+
 @pytest.fixture(autouse=True)
 def _torch_as_it_was() -> Iterator[None]:
     """No flag of torch's that a test sets is left for another: its own scopes leave some, and mixed spellings raise."""
     import torch
 
-    names = ("mkldnn_enabled", "cudnn_enabled", "cudnn_benchmark", "cudnn_deterministic")
-    before = {name: getattr(torch._C, f"_get_{name}")() for name in names}
-    get = getattr(torch._C, "_get_fp32_precision_getter", None)
-    precisions = {pair: get(*pair) for pair in PRECISIONS} if get else {}
+    before = _torch_flags()
     yield
-    for name, value in before.items():
-        if getattr(torch._C, f"_get_{name}")() != value:
-            getattr(torch._C, f"_set_{name}")(value)
-    for pair, value in precisions.items():
-        if get(*pair) != value:
-            torch._C._set_fp32_precision_setter(*pair, value)
+    if _torch_flags() != before:
+        for name, value in before.items():
+            if len(name) == 1:
+                getattr(torch._C, f"_set_{name[0]}")(value)
+            else:
+                torch._C._set_fp32_precision_setter(*name, value)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
