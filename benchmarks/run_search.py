@@ -375,7 +375,7 @@ PARTS: dict[str, Callable[[argparse.Namespace, Stop], Found]] = {
 
 
 def lines(raw: dict[str, Any]) -> list[str]:
-    found = ["# The search", ""]
+    found = ["# The search", "", *summary_lines(raw)]
     writers = {
         "p1": p1_lines,
         "p3": p3_lines,
@@ -394,6 +394,86 @@ def lines(raw: dict[str, Any]) -> list[str]:
         if raw[part].get("ended"):
             found += [f"This part did not end by itself: {raw[part]['ended']}.", ""]
     return found
+
+
+def summary_lines(raw: dict[str, Any]) -> list[str]:
+    """Each figure beside what it should be, and every miss with its reason; those of parts that ran."""
+    rows: list[tuple[str, str, str, str]] = []
+    comparisons = raw.get("p1", {}).get("report", {}).get("comparisons", [])
+    if comparisons:
+        mean = statistics.geometric_mean(one["ratio"] for one in comparisons)
+        below = [one for one in comparisons if one["ratio"] < 0.98]
+        why = [f"{one['name']} {one['ratio']:.3f}: {told(one, raw['p1'])}" for one in below]
+        rows.append(("stock / convplan, geometric mean", ">= 1.05", f"{mean:.3f} of {len(comparisons)} problems", ""))
+        rows.append(("the same, worst", ">= 0.98", f"{min(one['ratio'] for one in comparisons):.3f}", "; ".join(why)))
+    regrets = [regret for row in good(raw.get("p3", {})) for regret in row["regrets"]]
+    if regrets:
+        rows.append(("regret of a tuning, median", "1.00", f"{statistics.median(regrets):.3f}", ""))
+        rows.append(("the same, worst", "<= 1.02", f"{max(regrets):.3f} of {len(regrets)} tunings", ""))
+    runs = raw.get("p5", {}).get("runs", [])
+    if {run["side"] for run in runs} == {"stock", "replay"}:
+        stock, mine = ([run for run in runs if run["side"] == side] for side in ("stock", "replay"))
+        step_s = [statistics.median(run["first_step_s"] for run in of) for of in (mine, stock)]
+        more_s = step_s[0] - step_s[1] + statistics.median(run["enabled_s"] for run in mine)
+        stats = mine[-1]["stats"]
+        rows.append(("first step of a second process, more than stock", "<= 0.3 s", f"{more_s:.2f} s", ""))
+        rows.append(("tuned and compiled in it", "0", f"{stats['tuned']} and {stats['compiled']}", ""))
+    times = good(raw.get("p6", {}))
+    if times:
+        slow = sorted((row for row in times if row["planning_s"] > 1.0), key=lambda row: -row["planning_s"])
+        within = f"{len(times) - len(slow)} of {len(times)} problems, median {middle_s(times):.2f} s"
+        rows.append(("planning a problem", "<= 1.0 s", within, "; ".join(map(slowest_stage, slow))))
+    found = good(raw.get("exhaustive", {}))
+    if found:
+        better = sum(row["gain"] > 1.01 for row in found)
+        rows.append(("exhaustive finds something better", ">= a quarter", f"{better} of {len(found)} problems", ""))
+    rows += stream_rows(raw.get("shapes", {}))
+    head = ["| figure | to reach | found | misses, with their reasons |", "|---|---|---|---|"]
+    return [*head, *(f"| {' | '.join(row)} |" for row in rows), ""] if rows else []
+
+
+def stream_rows(raw: dict[str, Any]) -> list[tuple[str, str, str, str]]:
+    runs = raw.get("runs", [])
+    rows = []
+    for number in range(0, len(runs) - 1, 2):
+        stock, mine = runs[number], runs[number + 1]
+        count = min(len(stock["times_ms"]), len(mine["times_ms"]))
+        stock_s, mine_s = (sum(run["times_ms"][:count]) / 1e3 for run in (stock, mine))
+        name = f"{count} image sizes, {mine['side']}: total"
+        rows.append((name, f"<= {stock_s:.1f} s, stock's", f"{mine_s:.1f} s", ""))
+        known = [row for row in mine["regrets"] if row["regret"] is not None]
+        if known:
+            values = [row["regret"] for row in known]
+            far = [
+                f"{row['regret']:.3f} for {row['problem']}, by {row['effort']} effort"
+                for row in known
+                if row["regret"] > 1.05
+            ]
+            if far:
+                far.append(f"{mine['stats']['tuned']} problems had been tuned in this process")
+            told = f"median {statistics.median(values):.3f}, worst {max(values):.3f} of {len(values)} layers"
+            rows.append(("the same: regret in its second half", "<= 1.05", told, "; ".join(far)))
+    return rows
+
+
+def told(one: dict[str, Any], raw: dict[str, Any]) -> str:
+    """Why convplan lost a comparison, as far as the numbers tell."""
+    kernels = [", ".join(kernel for kernel in one[side]["kernels"]) for side in ("stock", "convplan")]
+    reason = raw.get("reasons", {}).get(one["name"], "")
+    if not all(kernels) or kernels[0] == kernels[1]:
+        return str(reason)
+    return f"{reason}; stock ran {kernels[0]}, convplan {kernels[1]}"
+
+
+def slowest_stage(row: dict[str, Any]) -> str:
+    """Where a planning's time went."""
+    stage, seconds = max(row["stages_s"].items(), key=lambda item: item[1])
+    compiled = f", {row['compiled_at_run_time']} compiled meanwhile" if stage == "verify" else ""
+    return f"{row['name']} {row['planning_s']:.1f} s ({stage} {seconds:.1f} s{compiled})"
+
+
+def middle_s(rows: list[dict[str, Any]]) -> float:
+    return statistics.median(row["planning_s"] for row in rows)
 
 
 def p1_lines(raw: dict[str, Any]) -> list[str]:
@@ -520,7 +600,9 @@ def shapes_lines(raw: dict[str, Any]) -> list[str]:
                 f"Regret of the choices of {len(regrets)} layers at sizes of the second half, {run['side']}: median "
                 f"{statistics.median(regrets):.3f}, worst {max(regrets):.3f}.",
             ]
-    if "tuned" in raw:
+    if "tuned" in raw and not any(run["side"] == "convplan, warm" for run in runs):
+        found += ["", "There was no time for a run after three other sizes were tuned."]
+    elif "tuned" in raw:
         tuned = raw["tuned"]
         found += [
             "",
