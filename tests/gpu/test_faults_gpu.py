@@ -7,11 +7,16 @@ process, which the driver then clears away.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import json
 import os
+import signal
+import sqlite3
 import sys
+import threading
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,7 +26,20 @@ import torch
 import torch.nn.functional as F
 
 import convplan
-from convplan import Candidate, EngineConfig, Evidence, PlanRecord, Policy, Problem, Support, _environment, _worker_link
+from convplan import (
+    Candidate,
+    EngineConfig,
+    Evidence,
+    PlanRecord,
+    Policy,
+    Problem,
+    Support,
+    _environment,
+    _runtime,
+    _search,
+    _sqlite,
+    _worker_link,
+)
 from convplan._child import in_child
 from convplan._planner import plan_problem
 from convplan.engines.base import Built, Space
@@ -44,7 +62,7 @@ extern "C" __global__ void slow(char *p) {
     while (clock64() - begin < 400000000LL) { }
 }
 """
-FAULTS = ("", "illegal", "endless", "beyond", "slow", "leaks", "leaks_outside", "wrong", "slower")
+FAULTS = ("", "segfaults", "illegal", "endless", "beyond", "slow", "leaks", "leaks_outside", "wrong", "slower")
 
 
 @functools.cache
@@ -128,6 +146,8 @@ class Faulty:
             if fault not in ("", "wrong", "slower") and not in_child():
                 raise RuntimeError("only in a worker process")
             y = F.conv2d(x, w, padding=1).contiguous(memory_format=torch.channels_last)
+            if fault == "segfaults":
+                ctypes.string_at(0)
             if fault == "slower":  # and not so much slower that it is cut off
                 y = F.conv2d(x, w, padding=1).contiguous(memory_format=torch.channels_last)
             if fault == "wrong":
@@ -184,6 +204,7 @@ def index(evidence: Evidence) -> int:
 
 
 STAGES = {
+    "segfaults": "crash",
     "illegal": "crash",
     "endless": "stall",
     "beyond": "corrupt",
@@ -206,6 +227,67 @@ def test_a_fault_costs_its_candidate_alone(fault: str) -> None:
     x = torch.randn(4, 32, 28, 28, device="cuda").half().to(memory_format=torch.channels_last)
     w = torch.randn(32, 32, 3, 3, device="cuda").half().to(memory_format=torch.channels_last)
     torch.testing.assert_close(plan.run(x, w), F.conv2d(x, w, padding=1), rtol=4e-3, atol=4e-2)
+
+
+@pytest.mark.parametrize("after_s", [0.0, 1.0])
+def test_a_worker_killed_from_outside_costs_nobody(monkeypatch: pytest.MonkeyPatch, after_s: float) -> None:
+    """While it makes its context, or while it works."""
+    links: list[_worker_link.WorkerLink] = []
+    killed: list[int] = []
+
+    def remember(setup: Any) -> _worker_link.WorkerLink:
+        links.append(_worker_link.WorkerLink(setup))
+        return links[-1]
+
+    def kill_it() -> None:
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline:
+            pid = links[0].pid if links else None
+            if pid is not None:
+                time.sleep(after_s)
+                os.kill(pid, signal.SIGKILL)
+                killed.append(pid)
+                return
+            time.sleep(0.001)
+
+    monkeypatch.setattr(_search, "WorkerLink", remember)
+    killer = threading.Thread(target=kill_it)
+    killer.start()
+    try:
+        record = search(*["slower"] * 8, "", search_s=20.0)
+    finally:
+        killer.join()
+    assert killed
+    assert links[0].starts == 2
+    assert index(record.ranking[0]) == 8
+    assert "crash" not in {evidence.rejected for evidence in record.rejected}
+
+
+def test_a_disk_that_fills_while_a_tuned_plan_is_written_costs_only_its_keeping(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    path = tmp_path / "plans.sqlite"
+    monkeypatch.setenv("CONVPLAN_STORE", str(path))
+    policy = Policy(tune_after=1, budget_s=0.05)
+    convplan.stats(reset=True)
+    x = torch.randn(4, 32, 28, 28, device="cuda").half().to(memory_format=torch.channels_last)
+    weights = [torch.randn(32, 32, taps, taps, device="cuda").half() for taps in (1, 3)]
+    right = [F.conv2d(x, w) for w in weights]
+    with convplan.enabled(policy):
+        torch.testing.assert_close(F.conv2d(x, weights[0]), right[0], rtol=4e-3, atol=4e-2)
+        with contextlib.closing(sqlite3.connect(path)) as connection:
+            (pages,) = connection.execute("PRAGMA page_count").fetchone()
+        monkeypatch.setitem(_sqlite.PRAGMAS, "max_page_count", pages)
+        _runtime.forget()
+        with pytest.warns(convplan.ConvPlanWarning, match="cannot be written: the disk or quota is full"):
+            torch.testing.assert_close(F.conv2d(x, weights[1]), right[1], rtol=4e-3, atol=4e-2)
+        before = convplan.stats()
+        torch.testing.assert_close(F.conv2d(x, weights[1]), right[1], rtol=4e-3, atol=4e-2)
+    after = convplan.stats()
+    assert after["tuned"] == before["tuned"] == 2
+    assert after["fell_back"] == after["failed"] == 0
+    report = convplan.check_plans()
+    assert report.ok, report
 
 
 def test_all_faults_together() -> None:
