@@ -1,0 +1,464 @@
+"""Whole models, eager, compiled and graphed, under `enable()` and in stock torch: times side by side, results compared.
+
+    python benchmarks/run_models.py                                  # $OUT/models.json, models.md (default results/gpu)
+    python benchmarks/run_models.py --device cpu --small --ways eager
+
+Every side runs in a process of its own: stock torch with benchmark mode on from its first call, convplan with its plans
+in a store that is filled by tuning first. On a GPU in bfloat16 autocast, channels-last. A round asks each side of a
+model for one sample, in shuffled order, while the others wait; the figure is the middle of the rounds. Results are
+compared with float32 without autocast in stock torch: a side may be off by half as much again as stock torch's eager
+run is. What counts is the best of stock torch's ways over the best of convplan's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext, suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from run_cpu import commit
+from torch import Tensor, nn
+
+HERE = Path(__file__).parent
+WAYS = ("eager", "compiled", "kept", "graphed")  # `kept`: Inductor keeps convplan's plans, so convplan's alone
+PHASES = ("inference", "training")
+LIBRARIES = ("stock", "convplan")
+REFERENCE = "reference"
+ALLOWANCE = 1.5  # times stock torch's own distance from float32
+WARM_UPS = 4
+SAMPLE_S = 0.05
+
+
+# ---- models
+
+
+class Residual(nn.Module):
+    """Two 3x3 convolutions with group norm and SiLU, as in the decoders of diffusion models."""
+
+    def __init__(self, channels: int, out: int) -> None:
+        super().__init__()
+        groups = min(32, channels // 4)
+        self.first, self.one = nn.GroupNorm(groups, channels), nn.Conv2d(channels, out, 3, padding=1)
+        self.second, self.two = nn.GroupNorm(min(32, out // 4), out), nn.Conv2d(out, out, 3, padding=1)
+        self.shortcut = nn.Conv2d(channels, out, 1) if channels != out else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.one(F.silu(self.first(x)))
+        return self.shortcut(x) + self.two(F.silu(self.second(y)))
+
+
+class Doubled(nn.Module):
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+
+
+def vae_decoder(width: int) -> nn.Module:
+    """Latents to pixels, eight times as large: the convolutions of a latent diffusion model's decoder."""
+    layers: list[nn.Module] = [nn.Conv2d(4, 4 * width, 3, padding=1), Residual(4 * width, 4 * width)]
+    channels = 4 * width
+    for place, out in enumerate((4 * width, 4 * width, 2 * width, width)):
+        layers += [Residual(channels, out), Residual(out, out), Residual(out, out)]
+        layers += [Doubled(out)] if place < 3 else []
+        channels = out
+    return nn.Sequential(
+        *layers, nn.GroupNorm(min(32, width // 4), width), nn.SiLU(), nn.Conv2d(width, 3, 3, padding=1)
+    )
+
+
+class UNet3d(nn.Module):
+    """Three levels, instance norm and leaky ReLU, as for segmenting volumes."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+
+        def block(channels: int, out: int, stride: int = 1) -> nn.Module:
+            first = nn.Conv3d(channels, out, 3, stride=stride, padding=1, bias=False)
+            second = nn.Conv3d(out, out, 3, padding=1, bias=False)
+            norms = (nn.InstanceNorm3d(out, affine=True) for _ in range(2))
+            return nn.Sequential(first, next(norms), nn.LeakyReLU(0.01), second, next(norms), nn.LeakyReLU(0.01))
+
+        widths = (width, 2 * width, 4 * width)
+        self.down = nn.ModuleList([block(1, widths[0]), block(widths[0], widths[1], 2), block(widths[1], widths[2], 2)])
+        self.wider = nn.ModuleList([nn.ConvTranspose3d(widths[n + 1], widths[n], 2, stride=2) for n in (1, 0)])
+        self.up = nn.ModuleList([block(2 * widths[n], widths[n]) for n in (1, 0)])
+        self.head = nn.Conv3d(width, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        kept = []
+        for level in self.down:
+            x = level(x)
+            kept.append(x)
+        for wider, level, beside in zip(self.wider, self.up, (kept[1], kept[0]), strict=True):
+            x = level(torch.cat([wider(x), beside], dim=1))
+        return self.head(x)
+
+
+class Output(nn.Module):
+    """A model whose result is a field of another."""
+
+    def __init__(self, model: nn.Module, field: str) -> None:
+        super().__init__()
+        self.model, self.field = model, field
+
+    def forward(self, x: Tensor) -> Tensor:
+        found = self.model(x)
+        return found[self.field] if isinstance(found, dict) else getattr(found, self.field)
+
+
+def resnet50(small: bool) -> nn.Module:
+    from transformers import ResNetConfig, ResNetModel
+
+    sizes = {"hidden_sizes": [16, 32, 48, 64], "embedding_size": 8, "depths": [1, 1, 1, 1]} if small else {}
+    return Output(ResNetModel(ResNetConfig(**sizes)), "pooler_output")
+
+
+def convnext(small: bool) -> nn.Module:
+    from transformers import ConvNextConfig, ConvNextModel
+
+    sizes = {"hidden_sizes": [16, 32, 48, 64], "depths": [1, 1, 1, 1]} if small else {}
+    return Output(ConvNextModel(ConvNextConfig(**sizes)), "pooler_output")
+
+
+def deeplab(small: bool) -> nn.Module:
+    import torchvision
+
+    return Output(torchvision.models.segmentation.deeplabv3_resnet50(weights=None, weights_backbone=None), "out")
+
+
+# Model; dims of its input, and those of a small one.
+MODELS: dict[str, tuple[Callable[[bool], nn.Module], tuple[int, ...], tuple[int, ...]]] = {
+    "resnet-50": (resnet50, (64, 3, 224, 224), (2, 3, 64, 64)),
+    "convnext-t": (convnext, (64, 3, 224, 224), (2, 3, 64, 64)),
+    "unet-3d": (lambda small: UNet3d(8 if small else 32), (2, 1, 128, 128, 128), (1, 1, 16, 16, 16)),
+    "vae-decoder": (lambda small: vae_decoder(16 if small else 128), (1, 4, 64, 64), (1, 4, 8, 8)),
+    "deeplabv3": (deeplab, (8, 3, 512, 512), (2, 3, 64, 64)),
+}
+
+
+# ---- one side, in a process of its own
+
+
+class Side:
+    """One way to run a model, by one library."""
+
+    def __init__(self, options: argparse.Namespace, name: str, library: str, way: str) -> None:
+        make, dims, few = MODELS[name]
+        torch.backends.cudnn.benchmark = library == "stock"
+        torch.manual_seed(0)
+        self.device, self.cuda = options.device, options.device == "cuda"
+        self.exact = library == REFERENCE
+        if self.exact:
+            torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+        self.net = make(options.small).to(self.device)
+        self.x = torch.randn(few if options.small else dims, device=self.device)
+        if self.x.dim() == 4 or self.cuda:
+            form = torch.channels_last if self.x.dim() == 4 else torch.channels_last_3d
+            self.net, self.x = self.net.to(memory_format=form), self.x.to(memory_format=form)
+        self.library, self.way = library, way
+        self.run: Callable[[], Tensor] = self.step
+
+    def around(self) -> AbstractContextManager[object]:
+        if self.exact or not self.cuda:
+            return nullcontext()
+        # A graph keeps the addresses of the weights' copies, which must not be those of a cache that is emptied.
+        return torch.autocast("cuda", torch.bfloat16, cache_enabled=self.way != "graphed")
+
+    def prepare(self, phase: str) -> None:
+        """Everything that happens once: tuning, compiling, capturing."""
+        self.training = phase == "training"
+        self.net.train(self.training)
+        self.call: Callable[[Tensor], Tensor] = self.net
+        self.run = self.step
+        if self.library == "convplan" and self.way != "kept":
+            import convplan
+
+            convplan.enable()
+        if self.library == "convplan":
+            import convplan
+
+            convplan.tune(self.step)
+        if self.way == "compiled":
+            self.call = torch.compile(self.net)
+        elif self.way == "kept":
+            import convplan
+
+            self.call = torch.compile(self.net, options=convplan.compile_options())
+        for _ in range(WARM_UPS):
+            self.step()
+        self.wait()
+        if self.way == "graphed":
+            self.capture()
+
+    def step(self) -> Tensor:
+        with self.around():
+            if not self.training:
+                with torch.no_grad():
+                    return self.call(self.x)
+            self.net.zero_grad(set_to_none=True)
+            y = self.call(self.x)
+        y.float().square().mean().backward()
+        return y
+
+    def capture(self) -> None:
+        """The whole step as one graph, replayed."""
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(WARM_UPS):
+                self.step()
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            y = self.step()
+
+        def replay() -> Tensor:
+            graph.replay()
+            return y
+
+        self.run = replay
+
+    def wait(self) -> None:
+        if self.cuda:
+            torch.cuda.synchronize()
+
+    def sample_ms(self, calls: int) -> float:
+        self.wait()
+        begin = time.perf_counter()
+        for _ in range(calls):
+            self.run()
+        self.wait()
+        return (time.perf_counter() - begin) * 1e3 / calls
+
+    def result(self) -> list[Tensor]:
+        """The output, or what a step leaves in the gradients."""
+        y = self.run()
+        self.wait()
+        found = [p.grad for p in self.net.parameters() if p.grad is not None] if self.training else [y]
+        return [one.detach().float().cpu() for one in found]
+
+
+def side_program(options: argparse.Namespace) -> None:
+    """Answers one JSON object a line with one a line."""
+    answers = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)  # what libraries print is no answer
+    name, library, way = options.side
+    side = Side(options, name, library, way)
+    for line in sys.stdin:
+        request = json.loads(line)
+        answer: dict[str, Any] = {}
+        try:
+            if request["do"] == "prepare":
+                begin = time.perf_counter()
+                side.prepare(request["phase"])
+                answer["seconds"] = time.perf_counter() - begin
+            elif request["do"] == "sample":
+                answer["ms"] = side.sample_ms(request["calls"])
+            else:
+                torch.save(side.result(), request["path"])
+        except Exception as exc:  # one side's failure is a line of the table
+            answer["failed"] = f"{type(exc).__name__}: {str(exc).splitlines()[0][:300]}"
+        answers.write(json.dumps(answer) + "\n")
+
+
+class Process:
+    """A side from outside."""
+
+    def __init__(self, options: argparse.Namespace, name: str, library: str, way: str) -> None:
+        self.library, self.way, self.failed = library, way, ""
+        command = [sys.executable, str(Path(__file__).resolve()), "--device", options.device]
+        command += ["--small"] if options.small else []
+        command += ["--side", name, library, way]
+        self._child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    def say(self, **request: Any) -> None:
+        if not self.failed and self._child.stdin is not None:
+            with suppress(BrokenPipeError):
+                self._child.stdin.write(json.dumps(request) + "\n")
+                self._child.stdin.flush()
+
+    def hear(self) -> dict[str, Any]:
+        if self.failed or self._child.stdout is None:
+            return {}
+        line = self._child.stdout.readline()
+        answer: dict[str, Any] = json.loads(line) if line else {"failed": "the process ended"}
+        self.failed = answer.get("failed", "")
+        return answer
+
+    def ask(self, **request: Any) -> dict[str, Any]:
+        self.say(**request)
+        return self.hear()
+
+    def end(self) -> None:
+        self._child.kill()
+        self._child.wait()
+
+
+# ---- the rounds
+
+
+def compare(options: argparse.Namespace, name: str) -> dict[str, Any]:
+    """All sides of one model."""
+    ways = [way for way in options.ways.split(",") if way != "graphed" or options.device == "cuda"]
+    plain = [way for way in ways if way != "kept"]
+    found: dict[str, Any] = {"model": name, "phases": {}}
+    # The first of convplan's tunes, while stock torch's get ready; the others find its plans in the store.
+    sides = [Process(options, name, REFERENCE, "eager"), *(Process(options, name, "stock", way) for way in plain)]
+    sides.append(Process(options, name, "convplan", "eager"))
+    try:
+        for phase in options.phases.split(","):
+            for side in sides:
+                side.say(do="prepare", phase=phase)
+            ready = [side.hear() for side in sides]
+            if len(sides) < 2 + len(plain) + len(ways) - ("eager" in ways):
+                sides += [Process(options, name, "convplan", way) for way in ways if way != "eager"]
+            late = sides[len(ready) :]
+            for side in late:
+                side.say(do="prepare", phase=phase)
+            ready += [side.hear() for side in late]
+            found["phases"][phase] = timed(options, sides, ready)
+    finally:
+        for side in sides:
+            side.end()
+    return found
+
+
+def timed(options: argparse.Namespace, sides: list[Process], ready: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rounds of all sides but the reference, and how far each is from it."""
+    results: list[list[Tensor] | None] = []
+    with tempfile.TemporaryDirectory() as folder:
+        for number, side in enumerate(sides):
+            path = Path(folder, f"{number}.pt")
+            side.ask(do="result", path=str(path))
+            results.append(torch.load(path, weights_only=True) if path.is_file() else None)
+    racing = [side for side in sides if side.library != REFERENCE and not side.failed]
+    once_ms = [side.ask(do="sample", calls=1).get("ms", math.inf) for side in racing]
+    calls = max(1, round(SAMPLE_S * 1e3 / max(min(once_ms, default=1.0), 1e-3)))
+    samples: dict[Process, list[float]] = {side: [] for side in racing}
+    end = time.perf_counter() + options.seconds
+    while time.perf_counter() < end or min(map(len, samples.values()), default=5) < 5:
+        random.shuffle(racing)
+        for side in racing:
+            samples[side].append(side.ask(do="sample", calls=calls).get("ms", math.nan))
+        if any(side.failed for side in racing):
+            break
+    return [
+        {
+            "library": side.library,
+            "way": side.way,
+            "failed": side.failed,
+            "ms": statistics.median(samples[side]) if samples.get(side) else None,
+            "spread_ms": spread(samples.get(side, [])),
+            "samples_ms": samples.get(side, []),
+            "ready_s": prepared.get("seconds"),
+            "off": distance(result, results[0]),
+        }
+        for side, prepared, result in zip(sides, ready, results, strict=True)
+        if side.library != REFERENCE
+    ]
+
+
+def spread(samples: list[float]) -> float:
+    if len(samples) < 2:
+        return 0.0
+    low, _, high = statistics.quantiles(samples, n=4)
+    return (high - low) / 2
+
+
+def distance(found: list[Tensor] | None, right: list[Tensor] | None) -> float | None:
+    """How far results are from the reference's, over its size."""
+    if found is None or right is None or len(found) != len(right):
+        return None
+    off = math.sqrt(sum(float((a - b).square().sum()) for a, b in zip(found, right, strict=True)))
+    return off / max(math.sqrt(sum(float(b.square().sum()) for b in right)), 1e-30)
+
+
+# ---- the table
+
+
+def table(raw: dict[str, Any]) -> str:
+    lines = ["# Whole models", "", *raw["about"], ""]
+    ratios: dict[str, list[float]] = {phase: [] for phase in PHASES}
+    for model in raw["models"]:
+        for phase, rows in model["phases"].items():
+            lines += [f"## {model['model']}, {phase}", "", "| library | way | ms | ± | ready after s | off | |"]
+            lines += ["|---|---|---:|---:|---:|---:|---|"]
+            eager = next((r["off"] for r in rows if (r["library"], r["way"]) == ("stock", "eager")), None)
+            for row in rows:
+                lines.append(row_text(row, eager))
+            best = {library: best_ms(rows, library) for library in LIBRARIES}
+            if all(best.values()):
+                ratios[phase].append(best["stock"] / best["convplan"])
+                lines += ["", f"Best of stock torch over best of convplan: {ratios[phase][-1]:.3f}."]
+            lines.append("")
+    for phase, found in ratios.items():
+        if found:
+            mean = statistics.geometric_mean(found)
+            lines.append(f"{phase}: geometric mean {mean:.3f} over {len(found)} models, lowest {min(found):.3f}.")
+    return "\n".join(lines) + "\n"
+
+
+def row_text(row: dict[str, Any], eager: float | None) -> str:
+    off, ms = row["off"], row["ms"]
+    wrong = off is not None and eager is not None and off > ALLOWANCE * eager + 1e-6
+    told = row["failed"] or ("farther from float32 than allowed" if wrong else "")
+    numbers = ("" if ms is None else f"{ms:.2f}", f"{row['spread_ms']:.2f}", f"{row['ready_s'] or 0:.0f}")
+    return (
+        f"| {row['library']} | {row['way']} | {' | '.join(numbers)} | {'' if off is None else f'{off:.2g}'} | {told} |"
+    )
+
+
+def best_ms(rows: list[dict[str, Any]], library: str) -> float:
+    return min((row["ms"] for row in rows if row["library"] == library and row["ms"]), default=0.0)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
+    parser.add_argument("--models", default=",".join(name for name in MODELS if name != "deeplabv3"))
+    parser.add_argument("--ways", default=",".join(WAYS))
+    parser.add_argument("--phases", default=",".join(PHASES))
+    parser.add_argument("--seconds", type=float, default=4.0, help="rounds of one model and phase")
+    parser.add_argument("--small", action="store_true", help="small models, to see that it runs")
+    parser.add_argument("--side", nargs=3, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.side:
+        side_program(options)
+        return
+    unknown = sorted(set(options.models.split(",")) - set(MODELS)) + sorted(set(options.ways.split(",")) - set(WAYS))
+    if unknown:
+        parser.error(f"unknown: {', '.join(unknown)}; models are {', '.join(MODELS)}, ways {', '.join(WAYS)}")
+    out = Path(os.environ.get("OUT", HERE / "results" / "gpu"))
+    out.mkdir(parents=True, exist_ok=True)
+    gpu = torch.cuda.get_device_name() if options.device == "cuda" else "no GPU"
+    raw: dict[str, Any] = {
+        "about": [f"Commit {os.environ.get('COMMIT') or commit()}, torch {torch.__version__}, {gpu}."],
+        "models": [],
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        for name in options.models.split(","):
+            os.environ["CONVPLAN_CACHE_DIR"] = str(Path(folder, name))
+            raw["models"].append(compare(options, name))
+            (out / "models.json").write_text(json.dumps(raw, indent=1) + "\n")
+            (out / "models.md").write_text(table(raw))
+    print(table(raw))
+
+
+if __name__ == "__main__":
+    main()
