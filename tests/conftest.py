@@ -51,10 +51,8 @@ def _same_numbers() -> None:
         torch.set_num_threads(THREADS)
 
 
-def _torch_flags() -> dict[tuple[str, ...], Any]:
+def _torch_flags(torch: Any) -> dict[tuple[str, ...], Any]:
     """Torch's flags: the older spellings first, whose setters change the newer ones too."""
-    import torch
-
     found: dict[tuple[str, ...], Any] = {}
     for name in FLAGS:
         with contextlib.suppress(RuntimeError):  # where both spellings were mixed
@@ -66,11 +64,11 @@ def _torch_flags() -> dict[tuple[str, ...], Any]:
 @pytest.fixture(autouse=True)
 def _torch_as_it_was() -> Iterator[None]:
     """No flag of torch's that a test sets is left for another: its own scopes leave some, and mixed spellings raise."""
-    import torch
+    import torch  # here, for there are tests in which it cannot be imported
 
-    before = _torch_flags()
+    before = _torch_flags(torch)
     yield
-    if _torch_flags() != before:
+    if _torch_flags(torch) != before:
         for name, value in before.items():
             if len(name) == 1:
                 getattr(torch._C, f"_set_{name[0]}")(value)
