@@ -44,14 +44,14 @@ def plan_like(
     learned: Learned | None = None,
     clock: Clock = time.perf_counter_ns,
 ) -> tuple[PlanRecord, Plan]:
-    """An untuned plan by what was measured for problems that differ in batch and spatial sizes only.
+    """An untuned plan by what runs problems that differ in batch and spatial sizes only.
 
     No engine is asked for its lists, nothing is timed and nothing verified: the leading configurations of the relatives
     pass the filter, and the first that builds is the choice.
 
     Args:
         problem, policy, environment: as for `plan_problem`.
-        relatives: tuned records of the problem's family, policy and environment, nearest first.
+        relatives: records of the problem's family, policy and environment, tuned where there are such, nearest first.
         learned: says of a candidate why it must not run, if something is known against it.
         clock: nanoseconds.
 

@@ -435,7 +435,9 @@ def _seen_again(
         return _tune(choice, problem, policy, environment)
     if not _share_is_spent():
         return _tune_one_of_many(choice, problem, policy, environment)
-    if choice.has_near_relative or not _known_relatives(environment).has_tuned_near(problem, policy, environment):
+    if job is not None or choice.has_near_relative:  # ranks that agreed on this plan must not part
+        return record
+    if not _known_relatives(environment).has_tuned_near(problem, policy, environment):
         return record
     return _like_relatives(choice, problem, policy, environment) or record  # tuned since it was met
 

@@ -10,18 +10,20 @@ import functools
 import math
 import random
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import msgspec
 import pytest
 import torch
+import torch.distributed
 import torch.nn.functional as F
 from helpers.fresh import fresh_process
 from helpers.scaling import Law, OwnClock, ScalingEngine, work
 
 import convplan
-from convplan import Evidence, NoPlan, Policy, Problem, TensorSpec, _environment, _runtime
+from convplan import Evidence, NoPlan, Policy, Problem, TensorSpec, _environment, _ranks, _runtime
 from convplan._nearest import (
     MOST_LIKELY,
     MOST_RELATIVES,
@@ -32,6 +34,7 @@ from convplan._nearest import (
 )
 from convplan._plan import PlanRecord
 from convplan._planner import find_plans
+from convplan._ranks import Board
 from convplan._relatives import RELATIVE, plan_like
 from convplan.engines.base import LAST_RESORT, Candidate, EngineConfig, Notes
 from convplan.engines.fake import VirtualClock
@@ -684,6 +687,24 @@ def test_shapes_of_a_varying_family_that_come_again_share_in_that_time(
     monkeypatch.setattr(_runtime, "FAMILIES_SHARE", -1.0)
     other = conv(32, channels=4)
     assert [decide(other).effort for _ in range(2)] == ["instant", "measure"], "the one shape of its family"
+
+
+@pytest.mark.parametrize("ranks", ["agree", "alone"])
+def test_a_plan_that_ranks_agreed_on_is_not_left_for_a_relatives(
+    engine: ScalingEngine, monkeypatch: pytest.MonkeyPatch, ranks: str
+) -> None:
+    store = torch.distributed.HashStore()
+    board = Board(lambda: store, 0, 2)
+    monkeypatch.setattr(_ranks, "current", lambda: board)
+    monkeypatch.setattr(_runtime, "FAMILIES_SHARE", -1.0)
+    policy = {"ranks": ranks, "tune_after": 2}
+    met = [conv(32, 32 + i) for i in range(20)]
+    before = [decide(one, **policy).config for one in met]
+    tune(conv(32, 40))
+    time.sleep(0.2)  # a rank looks at the board only now and then
+    after = [decide(met[0], **policy).config for _ in range(4)][-1]
+    board.close()
+    assert (after == before[0]) == (ranks == "agree")
 
 
 def test_a_family_waits_longer_under_a_more_patient_policy(engine: ScalingEngine) -> None:
