@@ -21,6 +21,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from convplan._api import Capture, Stats, capture, plan, problem, profiling, stats, tune
+    from convplan._epilogue import Epilogue
     from convplan._errors import (
         CaptureMiss,
         ConvPlanError,
@@ -43,7 +44,7 @@ if TYPE_CHECKING:
     from convplan._exchange import check_plans, clear_plans, export_plans, import_plans
     from convplan._plan import Evidence, Plan, PlanRecord
     from convplan._policy import Policy
-    from convplan._problem import Epilogue, Problem, TensorSpec
+    from convplan._problem import Problem, TensorSpec
     from convplan.engines import register_engine
     from convplan.engines.base import Built, Candidate, Engine, EngineConfig, Notes, Support
     from convplan.torch_ops.functional import (
@@ -81,7 +82,8 @@ _HOMES = {
     "convplan._exchange": ("check_plans", "clear_plans", "export_plans", "import_plans"),
     "convplan._plan": ("Evidence", "Plan", "PlanRecord"),
     "convplan._policy": ("Policy",),
-    "convplan._problem": ("Epilogue", "Problem", "TensorSpec"),
+    "convplan._epilogue": ("Epilogue",),
+    "convplan._problem": ("Problem", "TensorSpec"),
     "convplan.engines": ("register_engine",),
     "convplan.engines.base": ("Built", "Candidate", "Engine", "EngineConfig", "Notes", "Support"),
     "convplan.torch_ops.functional": (

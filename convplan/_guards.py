@@ -13,8 +13,9 @@ from typing import NamedTuple
 
 import torch
 
+from convplan._epilogue import MAX_ALIGNMENT_BYTES
 from convplan._inputs import Inputs
-from convplan._problem import MAX_ALIGNMENT_BYTES, Problem, TensorSpec
+from convplan._problem import Problem, TensorSpec
 from convplan.engines._support import TORCH_DTYPES
 
 GUARD_BYTES = 2**20  # on either side of a tensor

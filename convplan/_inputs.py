@@ -13,7 +13,8 @@ from typing import NamedTuple
 
 import torch
 
-from convplan._problem import DTYPES, MAX_ALIGNMENT_BYTES, Problem, TensorSpec
+from convplan._epilogue import MAX_ALIGNMENT_BYTES
+from convplan._problem import DTYPES, Problem, TensorSpec
 from convplan.engines._support import TORCH_DTYPES
 
 BASE_ALIGNMENT_BYTES = 64  # of torch's CPU allocator; its CUDA allocator aligns to 512

@@ -36,6 +36,12 @@ def problem_items(problem: Problem) -> tuple[tuple[str, object], ...]:
         ("epilogue.bias", problem.epilogue.bias),
         ("device", problem.device),
     ]
+    # What goes beyond a bias is named only where there is something: keys of plain problems stay what they were.
+    epilogue = problem.epilogue
+    if not epilogue.is_plain:
+        items += [
+            (f"epilogue.{name}", getattr(epilogue, name)) for name in epilogue.__struct_fields__ if name != "bias"
+        ]
     return tuple(items)
 
 

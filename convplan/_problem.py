@@ -19,6 +19,7 @@ from typing import Literal, NamedTuple
 
 import msgspec
 
+from convplan._epilogue import MAX_ALIGNMENT_BYTES, Epilogue
 from convplan._errors import SpecError
 
 Op = Literal["fprop", "dgrad", "wgrad"]
@@ -28,7 +29,6 @@ OPS: tuple[Op, ...] = ("fprop", "dgrad", "wgrad")
 READS = {"fprop": "xw", "dgrad": "yw", "wgrad": "xy"}  # in the order in which `Plan.run` takes them
 WRITES = {"fprop": "y", "dgrad": "x", "wgrad": "w"}
 MAX_ELEMENTS = 2**48  # more than any machine's memory; keeps arithmetic on untrusted sizes small
-MAX_ALIGNMENT_BYTES = 32
 
 
 class DtypeInfo(NamedTuple):
@@ -39,6 +39,7 @@ class DtypeInfo(NamedTuple):
     largest: float  # finite number
     accumulate: str  # the type that products of two such numbers are summed in (B4)
     outputs: tuple[str, ...]  # types that may be written when the inputs have this one; none: it is no input's
+    fused_outputs: tuple[str, ...] = ()  # and these, where an epilogue of more than a bias is computed before
 
     @property
     def is_integer(self) -> bool:
@@ -58,8 +59,8 @@ DTYPES: dict[str, DtypeInfo] = {
     "float64": DtypeInfo(8, 53, 1.7976931348623157e308, "float64", ("float64",)),
     "float32": DtypeInfo(4, 24, 3.4028234663852886e38, "float32", ("float32",)),
     # 16-bit inputs with a float32 output: cuDNN builds no plain convolution of that kind (9.19).
-    "bfloat16": DtypeInfo(2, 8, 3.3895313892515355e38, "float32", ("bfloat16",)),
-    "float16": DtypeInfo(2, 11, 65504.0, "float32", ("float16",)),
+    "bfloat16": DtypeInfo(2, 8, 3.3895313892515355e38, "float32", ("bfloat16",), ("float32",)),
+    "float16": DtypeInfo(2, 11, 65504.0, "float32", ("float16",), ("float32",)),
     "int8": DtypeInfo(1, 7, 127.0, "int32", ("int8", "int32", "float32")),
     "float8_e4m3fn": DtypeInfo(1, 4, 448.0, "float32", _FP8_OUTPUTS),
     "float8_e5m2": DtypeInfo(1, 3, 57344.0, "float32", _FP8_OUTPUTS),
@@ -180,19 +181,6 @@ class TensorSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, cache_
         return text + mark[self.layout] + aligned
 
 
-class Epilogue(msgspec.Struct, frozen=True, forbid_unknown_fields=True, cache_hash=True):
-    """What is done to the result before it is written.
-
-    Args:
-        bias: add one number for each output channel, given to `Plan.run` as a tensor of that length.
-    """
-
-    bias: bool = False
-
-    def __str__(self) -> str:
-        return "+bias" if self.bias else ""
-
-
 class Problem(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, cache_hash=True):
     """One convolution: what is read, what is written, and how they are related.
 
@@ -205,7 +193,7 @@ class Problem(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
         padding: one (before, after) pair for each spatial dimension, in elements.
         stride, dilation: one number >= 1 for each spatial dimension.
         groups: divides C and K.
-        epilogue: applied to the output; a bias is allowed for fprop and dgrad (transposed convolution).
+        epilogue: applied to the output; allowed for fprop and dgrad (transposed convolution).
         device: torch device type, `cpu` or `cuda`.
 
     Raises:
@@ -241,8 +229,10 @@ class Problem(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
         self._check_window()
         self._check_channels()
         self._check_sizes()
-        if self.epilogue.bias and self.op == "wgrad":
-            raise SpecError("a wgrad has no bias to add, expected Epilogue(bias=False)")
+        if self.op == "wgrad" and self.epilogue != Epilogue():
+            if self.epilogue.is_plain:
+                raise SpecError("a wgrad has no bias to add, expected Epilogue(bias=False)")
+            raise SpecError(f"a wgrad has no epilogue, found {self.epilogue}, expected Epilogue()")
 
     def _check_dtypes(self) -> None:
         first, second, written = (*READS[self.op], WRITES[self.op])
@@ -258,10 +248,10 @@ class Problem(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
                 f"dtypes are {found}; expected {first} and {second}, which {self.op} reads, to be one of "
                 f"{', '.join(INPUT_DTYPES)}"
             )
-        if output not in DTYPES[one].outputs:
+        outputs = DTYPES[one].outputs if self.epilogue.is_plain else DTYPES[one].outputs + DTYPES[one].fused_outputs
+        if output not in outputs:
             raise SpecError(
-                f"dtypes are {found}; expected {written}, which {self.op} writes, to be "
-                f"{' or '.join(DTYPES[one].outputs)}"
+                f"dtypes are {found}; expected {written}, which {self.op} writes, to be {' or '.join(outputs)}"
             )
 
     def _check_window(self) -> None:
@@ -381,8 +371,39 @@ class Problem(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
 
     @property
     def output_dtype(self) -> str:
-        """The dtype of the output, and of the bias that is added to it."""
+        """The dtype of the output, and of the residual that is added to it."""
         return self.output.dtype
+
+    @property
+    def bias_dtype(self) -> str:
+        """The dtype of the bias: the output's, or float32 where more is done to what is written in 8 bits."""
+        return "float32" if self.output_dtype not in FLOAT_DTYPES and not self.epilogue.is_plain else self.output_dtype
+
+    @property
+    def scale_dtype(self) -> str:
+        """The dtype of the scale, and of the numbers that the epilogue is computed in."""
+        return "float64" if self.dtype == "float64" else "float32"
+
+    @property
+    def core(self) -> Problem:
+        """This problem without what torch's own convolutions do not do; itself where that is nothing.
+
+        A bias stays where nothing is multiplied with before it. Numbers that an epilogue still works on are written
+        in a floating-point type: 8-bit ones in float32; and 16-bit ones whose epilogue writes float32 are read as that.
+        """
+        if self.epilogue.is_plain:
+            return self
+        keeps_bias = self.epilogue.bias and not self.epilogue.scale and self.output_dtype in FLOAT_DTYPES
+        return msgspec.structs.replace(self, epilogue=Epilogue(bias=keeps_bias), **self._core_tensors())
+
+    def _core_tensors(self) -> dict[str, TensorSpec]:
+        written = self.output_dtype if self.output_dtype in FLOAT_DTYPES else "float32"
+        if written in DTYPES[self.dtype].outputs:
+            return {WRITES[self.op]: msgspec.structs.replace(self.output, dtype=written)}
+        return {
+            letter: msgspec.structs.replace(getattr(self, letter), dtype=written, alignment_bytes=MAX_ALIGNMENT_BYTES)
+            for letter in "xwy"
+        }
 
     def with_output_dtype(self, dtype: str) -> Problem:
         """The same problem, written in another dtype.
@@ -451,7 +472,8 @@ class Problem(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
     @property
     def least_bytes(self) -> int:
         """Bytes that any method moves: each input read once, the output written once."""
-        return self.inputs[0].nbytes + self.inputs[1].nbytes + self.output.nbytes
+        residual = self.output.nbytes if self.epilogue.residual else 0
+        return self.inputs[0].nbytes + self.inputs[1].nbytes + residual + self.output.nbytes
 
     def __str__(self) -> str:
         parts = [f"{self.op}{self.epilogue}", self._dtypes(), f"x={self.x}", f"w={self.w}", f"y={self.y}"]

@@ -24,17 +24,10 @@ from typing import Annotated, Any, Literal, cast, get_args
 
 import msgspec
 
+from convplan._epilogue import MAX_ALIGNMENT_BYTES, Epilogue
 from convplan._errors import PlanFileError, SpecError
 from convplan._policy import Policy
-from convplan._problem import (
-    MAX_ALIGNMENT_BYTES,
-    Epilogue,
-    Op,
-    Problem,
-    TensorSpec,
-    output_spatial,
-    padding_pairs,
-)
+from convplan._problem import Op, Problem, TensorSpec, output_spatial, padding_pairs
 
 MAX_FILE_BYTES = 16 * 2**20
 MAX_PROBLEMS = 100_000

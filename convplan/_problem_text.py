@@ -2,9 +2,10 @@
 
     fprop+bias float16 x=8x64x56x56:cl w=64x64x3x3:cl y=8x64x56x56:cl pad=1,1:2 stride=2,2 groups=4 cuda
 
-The operation, `+bias` where one is added, the dtypes, three tensors, what differs from no padding, stride 1, dilation 1
-and one group, and the device. A tensor is its sizes, `:cl` where it lies channels-last or its strides where it is not
-dense, and `@4` where its address is not 32-byte aligned. A padding entry is a number or `before:after`.
+The operation with what is done to its result (`+bias`, `+residual*0.5`, `+leaky_relu(0.1)`), the dtypes, three
+tensors, what differs from no padding, stride 1, dilation 1 and one group, and the device. A tensor is its sizes, `:cl`
+where it lies channels-last or its strides where it is not dense, and `@4` where its address is not 32-byte aligned. A
+padding entry is a number or `before:after`.
 
 Nothing is left out, so that reading gives an equal problem. Lines come from reports and from people: their length is
 limited, and every complaint says what was found and what was expected. What fits together is `_problem`'s business.
@@ -14,14 +15,13 @@ from __future__ import annotations
 
 import re
 
+from convplan._epilogue import MAX_ALIGNMENT_BYTES, Epilogue, parse_epilogue
 from convplan._errors import SpecError
 from convplan._problem import (
     DTYPES,
-    MAX_ALIGNMENT_BYTES,
     OPS,
     READS,
     WRITES,
-    Epilogue,
     Op,
     Problem,
     TensorSpec,
@@ -53,7 +53,7 @@ def parse_problem(text: str) -> Problem:
         )
     head, dtypes, *middle, device = words
     fields = _fields(middle)
-    op, bias = _operation(head)
+    op, epilogue = _operation(head)
     read, written = _dtypes(dtypes)
     of = {**dict(zip(READS[op], read, strict=True)), WRITES[op]: written}
     tensors = {name: _tensor(name, fields[name], of[name]) for name in _TENSORS}
@@ -67,7 +67,7 @@ def parse_problem(text: str) -> Problem:
         stride=_numbers("stride", fields.get("stride"), spatial),
         dilation=_numbers("dil", fields.get("dil"), spatial),
         groups=_numbers("groups", fields.get("groups"), 1)[0],
-        epilogue=Epilogue(bias=bias),
+        epilogue=epilogue,
         device=device,
     )
 
@@ -88,11 +88,16 @@ def _fields(words: list[str]) -> dict[str, str]:
     return fields
 
 
-def _operation(word: str) -> tuple[Op, bool]:
-    name, plus, extra = word.partition("+")
-    if name not in OPS or (plus and extra != "bias"):
-        raise _complaint(f"found {_quoted(word)}", f"one of {', '.join(OPS)}, and +bias behind it where one is added")
-    return name, bool(plus)
+def _operation(word: str) -> tuple[Op, Epilogue]:
+    name, _, behind = word.partition("+")
+    if name not in OPS or word.endswith("+"):
+        raise _complaint(
+            f"found {_quoted(word)}", f"one of {', '.join(OPS)}, and +bias or more of an epilogue behind it"
+        )
+    try:
+        return name, parse_epilogue(behind)
+    except SpecError as exc:
+        raise SpecError(f"a problem's text: {exc}; copy the whole line, such as {EXAMPLE!r}") from None
 
 
 def _dtypes(word: str) -> tuple[tuple[str, str], str]:

@@ -8,9 +8,10 @@ import pytest
 import torch
 from helpers import oracle
 
+from convplan._epilogue import Epilogue
 from convplan._errors import EngineUnavailable, PlanRejected, SpecError
 from convplan._policy import Policy
-from convplan._problem import OPS, Epilogue, Op, Problem, normalize_strides
+from convplan._problem import OPS, Op, Problem, normalize_strides
 from convplan.engines import registry
 from convplan.engines.base import Engine, EngineConfig, Notes, Run
 from convplan.engines.fake import DANGEROUS, FAILURES, SLOW, Failure, FakeCandidate, FakeEngine, VirtualClock, remade

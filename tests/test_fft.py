@@ -16,9 +16,10 @@ from helpers import oracle
 from helpers.cases import Case
 from torch.profiler import ProfilerActivity, profile
 
+from convplan._epilogue import Epilogue
 from convplan._errors import PlanRejected, SpecError
 from convplan._policy import Policy
-from convplan._problem import OPS, Epilogue, Op, Problem, normalize_strides
+from convplan._problem import OPS, Op, Problem, normalize_strides
 from convplan.engines import fft
 from convplan.engines.base import EngineConfig
 from convplan.engines.fft import NOTES, FftEngine, good_length

@@ -23,6 +23,17 @@ from convplan._environment import Environment
 from convplan._key import KEY_LENGTH, choice_key, plan_key
 
 POLICY = Policy(deterministic=False, allow_tf32=False)
+EPILOGUES: list[dict[str, Any]] = [
+    {"residual": True},
+    {"residual": True, "alpha": 0.5},
+    {"residual": True, "residual_alignment_bytes": 4},
+    {"scale": True},
+    {"activation": "relu"},
+    {"activation": "leaky_relu"},
+    {"activation": "leaky_relu", "parameters": (0.2,)},
+    {"bias": True, "activation": "relu"},
+    {"bias": True, "bias_alignment_bytes": 4, "activation": "relu"},
+]
 PROBLEM = Problem.dense("fprop", (2, 6, 9, 11), (4, 3, 3, 5), padding=(1, (0, 1)), stride=(2, 1), groups=2)
 
 
@@ -92,6 +103,10 @@ OTHER_PROBLEMS = [
     ),
     pytest.param(Problem.dense("fprop", (2, 6, 9, 11), (4, 6, 3, 5), padding=(1, (0, 1)), stride=(2, 1)), id="groups"),
     pytest.param(replaced(PROBLEM, epilogue=Epilogue(bias=True)), id="bias"),
+    *(
+        pytest.param(replaced(PROBLEM, epilogue=Epilogue(**changes)), id=f"epilogue-{number}")
+        for number, changes in enumerate(EPILOGUES)
+    ),
     pytest.param(replaced(PROBLEM, device="cuda"), id="device"),
     *(
         pytest.param(
@@ -180,7 +195,8 @@ def test_no_field_is_forgotten() -> None:
         assert any(label == name or label.startswith(f"{name}.") for label in labels), name
     for letter in "xwy":
         assert {f"{letter}.{name}" for name in TensorSpec.__struct_fields__} <= labels
-    assert {f"epilogue.{name}" for name in Epilogue.__struct_fields__} <= labels
+    fused = {label for label, _ in _key.problem_items(replaced(PROBLEM, epilogue=Epilogue(activation="relu")))}
+    assert {f"epilogue.{name}" for name in Epilogue.__struct_fields__} <= fused
     left_out = {"effort", "mode", "replay_miss", "capture_miss", "tuning_limit_s", "tune_after", "budget_s"}
     left_out |= {"nearest", "ranks", "search_s", "build_limit_s", "run_limit_s"}
     assert {label for label, _ in POLICY.key_items()} == set(Policy.__struct_fields__) - left_out

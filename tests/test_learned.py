@@ -17,11 +17,12 @@ from helpers.plans import ELSEWHERE, HERE, hear, problem, record, run_python, sa
 import convplan
 from convplan import _database, _environment, _errata_files, _runtime, _snapshot, _sqlite, _store_tables
 from convplan._environment import PROBE_FAILED, Environment
+from convplan._epilogue import Epilogue
 from convplan._errata_files import export_errata, import_errata
 from convplan._errors import ConvPlanWarning, PlanFileError, SpecError, StoreError, StoreMismatch
 from convplan._learned import KIND_OF_STAGE, Family, LearnedErratum, learned_from, scope_of, verdict
 from convplan._plan import Evidence
-from convplan._problem import Epilogue, Problem
+from convplan._problem import Problem
 from convplan._store import ForgivingStore, PlanStore
 from convplan.cli import main
 from convplan.engines.base import EngineConfig

@@ -12,9 +12,10 @@ import torch
 import torch.nn.functional as F
 
 from convplan import _problem_files
+from convplan._epilogue import Epilogue
 from convplan._errors import PlanFileError
 from convplan._policy import Policy
-from convplan._problem import Epilogue, Problem, TensorSpec
+from convplan._problem import Problem, TensorSpec
 from convplan._problem_files import (
     SCHEMA_PATH,
     NamedProblem,

@@ -67,7 +67,7 @@ MALFORMED = {
     "too-long": ("fprop " * 500, f"found 3000 characters, expected at most {MAX_CHARACTERS}"),
     "record": (f"{LINE} -> aten 12.5 us (measure)", "found 'cpu', expected one of x=, w=, y=, pad="),
     "operation": (LINE.replace("fprop", "conv"), "found 'conv', expected one of fprop, dgrad, wgrad"),
-    "epilogue": (LINE.replace("fprop", "fprop+relu"), r"found 'fprop\+relu', expected .*\+bias"),
+    "epilogue": (LINE.replace("fprop", "fprop+bogus"), r"activation is 'bogus', expected one of none, relu"),
     "nothing-added": (LINE.replace("fprop", "fprop+"), r"found 'fprop\+'"),
     "bias-of-wgrad": (LINE.replace("fprop", "wgrad+bias"), "a wgrad has no bias"),
     "dtype": (LINE.replace("float32", "float"), "found the dtypes 'float', expected .*float32, bfloat16"),

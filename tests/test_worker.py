@@ -13,9 +13,10 @@ import torch
 from helpers.cases import CASES
 
 from convplan import EngineConfig, Evidence, Policy, Problem, TensorSpec
+from convplan._epilogue import Epilogue
 from convplan._guards import GUARD_BYTES, LEAK_BYTES, Bench, Fingerprints, Guarded, checksum, leak
 from convplan._inputs import random_inputs
-from convplan._problem import OPS, Epilogue
+from convplan._problem import OPS
 from convplan._torch_state import adopt_torch_state, torch_state
 from convplan._verify import Verifier
 from convplan._worker_messages import Answer, Ended, Race, Raced, Racer, Ready, Request, Stage, Tried, Try

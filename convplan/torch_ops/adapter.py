@@ -17,10 +17,10 @@ from typing import NamedTuple
 import torch
 
 from convplan._environment import onednn_computes
+from convplan._epilogue import Epilogue
 from convplan._errors import SpecError
 from convplan._problem import (
     FLOAT_DTYPES,
-    Epilogue,
     Op,
     Problem,
     TensorSpec,

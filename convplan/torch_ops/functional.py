@@ -14,10 +14,11 @@ from typing import Any, Literal
 import torch
 
 from convplan import _runtime
+from convplan._epilogue import Epilogue
 from convplan._errors import ConvPlanError, SpecError
 from convplan._plan import check_distinct, shares_memory
 from convplan._policy import Policy, torch_flags
-from convplan._problem import Epilogue, Op, Problem, TensorSpec, padding_pairs, per_dim
+from convplan._problem import Op, Problem, TensorSpec, padding_pairs, per_dim
 from convplan._runtime import Runner, counts, local, state
 from convplan.engines._support import deliver, empty
 from convplan.engines.aten import AtenEngine

@@ -9,16 +9,8 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 
-from convplan._problem import (
-    DTYPES,
-    FLOAT_DTYPES,
-    OPS,
-    Epilogue,
-    Op,
-    Problem,
-    TensorSpec,
-    contiguous_strides,
-)
+from convplan._epilogue import Epilogue
+from convplan._problem import DTYPES, FLOAT_DTYPES, OPS, Op, Problem, TensorSpec, contiguous_strides
 
 DTYPE_NAMES = FLOAT_DTYPES  # those that every engine is run on
 NARROW_DTYPES = tuple(  # the others: what is read, and each dtype that may be written for it
