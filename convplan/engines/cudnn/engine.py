@@ -2,11 +2,11 @@
 
 A configuration's knobs are `engine`, cuDNN's index of the engine, and cuDNN's own knobs by name. Two knobs are ours:
 
-    dense         1: strided inputs are copied into a dense layout first, for engines that need one
-    specialised   1: what follows the convolution is in the form of cuDNN's ready-made engines, see `fusion`
+    dense   1: strided inputs are copied into a dense layout first, for engines that need one
+    fused   what follows the convolution is in its graph; 1: in the general form, 2: in the specialised one (`fusion`)
 
 cuDNN counts engines anew for each kind of graph: number 10 of a convolution and number 10 of the same one with a ReLU
-behind it are two engines.
+behind it are two engines, which `fused` tells apart.
 
 How a built plan runs on tensors is deliberately elsewhere (`running`).
 """
@@ -45,7 +45,9 @@ _SOURCES: dict[str, tuple[str, ...]] = {
     "exhaustive": ("mode_a", "mode_b", "fallback"),
 }
 COMPILED = "RUNTIME_COMPILATION"
-OURS = ("dense", "specialised")  # knobs that cuDNN knows nothing of
+OURS = ("dense", "fused")  # knobs that cuDNN knows nothing of
+GENERAL, SPECIALISED = 1, 2  # values of `fused`
+_GRAPH_KINDS: dict[int, GraphKind] = {0: "convolution", GENERAL: "general", SPECIALISED: "specialised"}
 # Plans of one fused problem that are compiled, at 0.3 to 2.5 s each, unless the effort is `exhaustive`.
 MOST_COMPILED = 8
 
@@ -60,6 +62,7 @@ class CudnnEngine:
 
     name = "cudnn"
     by_default = True
+    fuses = True
 
     def __init__(self, target: Target | None = None) -> None:
         self._fixed = target
@@ -122,20 +125,22 @@ class CudnnEngine:
         if not self.supports(problem).ok:
             return ()
         target = self._target()
-        proposed: dict[tuple[int, str], set[int]] = {}
+        proposed: dict[tuple[int, int], dict[str, set[int]]] = {}
         for candidate in self.configs(problem, "exhaustive"):
+            form, number = candidate.config.knob("fused"), candidate.config.knob("engine")
             for name, value in candidate.config.knobs:
-                proposed.setdefault((candidate.config.knob("engine"), name), set()).add(value)
+                proposed.setdefault((form, number), {}).setdefault(name, set()).add(value)
         return [
             Space(
                 fixed=(("engine", space.engine), *knobs.items()),
                 free=tuple(
-                    (name, tuple(sorted({*range(low, high + 1, step), *proposed.get((space.engine, name), ())})))
+                    (name, tuple(sorted({*range(low, high + 1, step), *also.get(name, ())})))
                     for name, low, high, step in space.knobs
                 ),
             )
             for knobs, graph in _graphs(problem, target)
             for space in engine_spaces(graph, target)
+            for also in (proposed.get((knobs.get("fused", 0), space.engine), {}),)
         ]
 
     def candidate(self, problem: Problem, config: EngineConfig) -> Candidate:
@@ -154,7 +159,7 @@ class CudnnEngine:
         """
         target, plans = self._target(), _Plans(self, problem, config)
         knobs = dict(config.knobs)
-        ours = {name: 1 for name in OURS if knobs.pop(name, 0)}
+        ours = {name: value for name in OURS if (value := knobs.pop(name, 0))}
         number = knobs.pop("engine", -1)
         try:
             graph = next((graph for variant, graph in _graphs(problem, target) if variant == ours), None)
@@ -210,8 +215,15 @@ def _variants(problem: Problem) -> list[tuple[Problem, dict[str, int]]]:
     if is_strided(problem):
         as_given = [] if any(map(needs_copy, problem.inputs)) else arranged
         arranged = [*as_given, (dense(problem), {"dense": 1})]
-    forms: list[dict[str, int]] = [{"specialised": 1}, {}] if is_specialised(problem) else [{}]
+    forms = [{"fused": form} if form else dict[str, int]() for form in _forms(problem)]
     return [(variant, {**knobs, **form}) for variant, knobs in arranged for form in forms]
+
+
+def _forms(problem: Problem) -> tuple[int, ...]:
+    """The values of `fused` that a problem can have."""
+    if problem.epilogue.is_plain:
+        return (0,)
+    return (SPECIALISED, GENERAL) if is_specialised(problem) else (GENERAL,)
 
 
 def _graphs(problem: Problem, target: Target) -> Iterator[tuple[dict[str, int], Descriptor]]:
@@ -224,7 +236,7 @@ def _graphs(problem: Problem, target: Target) -> Iterator[tuple[dict[str, int], 
     taken = False
     for variant, knobs in _variants(problem):
         try:
-            graph = operation_graph(target, variant, specialised=bool(knobs.get("specialised")))
+            graph = operation_graph(target, variant, specialised=knobs.get("fused") == SPECIALISED)
         except CudnnError as exc:
             refused = exc
             continue
@@ -258,7 +270,7 @@ def _candidate(
         cudnn_version=target.library.version,
         compute_capability=target.compute_capability,
         notes=configuration.notes.numerical,
-        graph=_graph_kind(problem, knobs),
+        graph=_GRAPH_KINDS[knobs.get("fused", 0)],
     )
     if not refused and COMPILED in configuration.notes.behavior and not target.library.can_compile:
         refused = "it is compiled at run time, and what that needs is missing; `convplan doctor` says what"
@@ -275,12 +287,6 @@ def _candidate(
     )
 
 
-def _graph_kind(problem: Problem, knobs: dict[str, int]) -> GraphKind:
-    if problem.epilogue.is_plain:
-        return "convolution"
-    return "specialised" if "specialised" in knobs else "general"
-
-
 class _Plans:
     """One configuration's plans, one for each GPU that it has run on."""
 
@@ -288,7 +294,9 @@ class _Plans:
         self._engine = engine
         self._problem = dense(problem) if config.knob("dense") else problem
         self._config = config
-        self._specialised = bool(config.knob("specialised"))
+        if config.knob("fused") not in _forms(problem):
+            raise self.rejected(f"there is no variant of this problem with fused={config.knob('fused')}")
+        self._specialised = config.knob("fused") == SPECIALISED
         self.form = Form.of(problem, self._problem, self._specialised)
         self.by_index: dict[int, ExecutionPlan] = {}
 
