@@ -123,8 +123,8 @@ def table(raw: dict[str, Any]) -> str:
         f"To reach: {GOALS}.",
         "",
         f"{len(rows)} problems: geometric mean {mean:.3f} times as fast as eager torch, "
-        f"{geometric_mean(alone):.3f} times as long as the convolution alone (worst {max(alone, default=0):.2f}); planning took "
-        f"{max(planned, default=0):.1f} s at most.",
+        f"{geometric_mean(alone):.3f} times as long as the convolution alone (worst {max(alone, default=0):.2f}); "
+        f"planning took {max(planned, default=0):.1f} s at most.",
         f"Again in a new process, from the store: {raw.get('warm', 'not reached')}.",
         "",
         "| problem | eager torch us | ± | convplan us | ± | eager / convplan | convolution alone us | fused / alone "
