@@ -14,7 +14,7 @@ from collections.abc import Iterable
 from contextlib import nullcontext
 
 from convplan import _agreement, _environment
-from convplan._build import COMPILED
+from convplan._candidates import COMPILED
 from convplan._choices import STORE_VARIABLES, Choice, Failure, Layer, known, state
 from convplan._counts import counts, warn_once
 from convplan._errors import ConvPlanError, NoPlan, ReplayMiss, TooLarge
@@ -359,9 +359,18 @@ def plan_now(
 ) -> PlanRecord:
     """Plan and store. When nothing survives, the choice notes it, so that later calls do not search again."""
     choice.failure = None
+    unfused = None if problem.epilogue.is_plain else _unfused(problem, policy, environment, effort)
     try:
         errata = known.store().errata(environment)
-        found = find_plans(problem, policy, environment, effort=effort, learned=errata, one_of_many=choice.one_of_many)
+        found = find_plans(
+            problem,
+            policy,
+            environment,
+            effort=effort,
+            learned=errata,
+            one_of_many=choice.one_of_many,
+            unfused=unfused,
+        )
     except NoPlan as exc:
         counts.add("failed")
         choice.failure = Failure(exc.problem, exc.policy, exc.rejections, registry.generation)
@@ -382,6 +391,24 @@ def plan_now(
     if keep:
         known.store().remember(record, found.serialized())
     return record
+
+
+def _unfused(
+    problem: Problem, policy: Policy, environment: _environment.Environment, effort: Effort
+) -> PlanRecord | None:
+    """What runs the convolution alone: remembered, stored or planned now, and kept for its own sake as well."""
+    core, wanted = problem.core, policy.replace(effort="instant" if effort == "instant" else "measure")
+    choice = known.choices.get(core, policy, environment)
+    with choice.lock:
+        try:
+            if not _suffices(choice.record, wanted):
+                choice.record = _stored(choice, core, wanted, environment) or choice.record
+            if not _suffices(choice.record, wanted):
+                keep = policy.effort == "instant" or effort != "instant"
+                choice.record = plan_now(choice, core, policy, environment, wanted.effort, keep=keep)
+        except NoPlan:
+            return None
+        return choice.record
 
 
 def _raise_known_failure(choice: Choice) -> None:

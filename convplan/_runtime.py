@@ -123,7 +123,7 @@ def forget() -> None:
 
 
 class Runner:
-    """Runs one problem by its choice: `runner(first, second, bias, out)`.
+    """Runs one problem by its choice: `runner(first, second, bias, out)`, with what else its `Run` takes behind that.
 
     Belongs to one thread and one device. While its choice is provisional, each call counts as one more sighting of the
     problem. While a CUDA graph is captured nothing is planned, built or counted.
@@ -197,14 +197,19 @@ class Runner:
         yield other
 
     def __call__(
-        self, first: torch.Tensor, second: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor | None
+        self,
+        first: torch.Tensor,
+        second: torch.Tensor,
+        bias: torch.Tensor | None,
+        out: torch.Tensor | None,
+        *more: torch.Tensor | None,
     ) -> torch.Tensor:
         if not self.settled or self._choice.record is not self._record:
             self._look_again()
         try:
-            return self._run(first, second, bias, out)
+            return self._run(first, second, bias, out, *more)
         except Exception as exc:  # whatever an engine raises, the convolution must still be computed
-            return self._next_ranked(exc, first, second, bias, out)
+            return self._next_ranked(exc, first, second, bias, out, *more)
 
     @property
     def unwatched(self) -> Run | None:
@@ -252,6 +257,7 @@ class Runner:
         second: torch.Tensor,
         bias: torch.Tensor | None,
         out: torch.Tensor | None,
+        *more: torch.Tensor | None,
     ) -> torch.Tensor:
         """Run the best-ranked plan that works, and demote those that failed for the rest of the process (B18, B23)."""
         counts.add("failed")
@@ -266,7 +272,7 @@ class Runner:
                 try:
                     with on_device(self._device):
                         plan = build(record, rank)
-                    result = plan.unchecked_run(first, second, bias, out)
+                    result = plan.unchecked_run(first, second, bias, out, *more)
                 except Exception as next_exc:  # same as above: try the one after
                     failed[evidence.config] = first_line(next_exc)
                     drop_tensors(next_exc)
