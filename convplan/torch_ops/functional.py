@@ -13,13 +13,14 @@ from typing import Any, Literal
 
 import torch
 
-from convplan import _runtime
+from convplan._choices import Layer, state
+from convplan._counts import counts
 from convplan._epilogue import Epilogue
 from convplan._errors import ConvPlanError, SpecError
 from convplan._plan import check_distinct, shares_memory
 from convplan._policy import Policy, torch_flags
 from convplan._problem import Op, Problem, TensorSpec, padding_pairs, per_dim
-from convplan._runtime import Runner, counts, local, state
+from convplan._runtime import Runner, check_policy, local
 from convplan.engines._support import deliver, empty
 from convplan.engines.aten import AtenEngine
 from convplan.engines.base import EngineConfig, Run
@@ -425,7 +426,7 @@ class _Caller:
         A miss in replay mode is raised; any other failure to plan leaves it to stock torch.
         """
         counts.add("misses")
-        wanted = _runtime.check_policy(state.policy if policy is None else policy)
+        wanted = check_policy(state.policy if policy is None else policy)
         if problem.is_empty:
             return cls(problem, None)
         for observe in state.captures:
@@ -456,7 +457,7 @@ class _Caller:
         return deliver(result, problem.output, out)
 
 
-def _layer(op: Op, second: Tensor) -> _runtime.Layer | None:
+def _layer(op: Op, second: Tensor) -> Layer | None:
     """Whose call this is, by its weight; there is none among the inputs of a weight's gradient."""
     return None if op == "wgrad" else weakref.ref(second)
 
