@@ -23,12 +23,14 @@ from typing import Any
 
 import torch
 
+from convplan._choices import state
+from convplan._counts import counts
 from convplan._epilogue import Epilogue
 from convplan._errors import SpecError
 from convplan._plan import shares_memory
 from convplan._policy import Policy
 from convplan._problem import Problem
-from convplan._runtime import counts, in_graph_capture, local, state
+from convplan._runtime import in_graph_capture, local
 from convplan.torch_ops.activations import NONE, Activation, Resolved, follow, resolve, scale_channels, times
 from convplan.torch_ops.adapter import ALIGNMENT_BYTES, ConvArgs, NotExpressible
 from convplan.torch_ops.arguments import (
@@ -143,7 +145,12 @@ def _activation_key(activation: Activation) -> Any:
 
 
 def _asked_for(
-    input: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, scale: Tensor | None, out: Tensor | None
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    scale: Tensor | None,
+    out: Tensor | None,
 ) -> tuple[bool, bool]:
     """Whether any gradient may be asked for later, and whether that of the scale may."""
     if not torch.is_grad_enabled():
