@@ -82,12 +82,15 @@ def test_a_wrong_result_is_seen() -> None:
 def test_small_integers_come_out_exactly(activation: Any) -> None:
     draw = torch.Generator().manual_seed(0)
     x, w, z, b = (
-        torch.randint(-2, 3, dims, generator=draw).bfloat16() for dims in ((2, 4, 6, 5), (8, 4, 3, 3), (2, 8, 6, 5), (8,))
+        torch.randint(-2, 3, dims, generator=draw).bfloat16()
+        for dims in ((2, 4, 6, 5), (8, 4, 3, 3), (2, 8, 6, 5), (8,))
     )
     s = torch.randint(1, 3, (8,), generator=draw).float()
     with torch.no_grad():
         y = convplan.conv2d(x, w, b, padding=1, residual=z, alpha=2, scale=s, activation=activation, policy=FAST)
-        total = F.conv2d(x.double(), w.double(), padding=1) * s.view(-1, 1, 1) + 2 * z.double() + b.double().view(-1, 1, 1)
+        total = (
+            F.conv2d(x.double(), w.double(), padding=1) * s.view(-1, 1, 1) + 2 * z.double() + b.double().view(-1, 1, 1)
+        )
     low, high = {"relu": (0, math.inf), None: (-math.inf, math.inf)}.get(activation, (-2, 5))
     assert torch.equal(y.double(), total.clamp(low, high).bfloat16().double())
 
@@ -98,7 +101,14 @@ def test_nothing_summed_leaves_what_follows(function: str) -> None:
     w_dims = (0, 4, 3, 3) if "transpose" in function else (4, 0, 3, 3)
     z, b = numbers(2, 4, 5, 5), numbers(4, seed=1)
     y = getattr(convplan, function)(
-        numbers(2, 0, 5, 5), numbers(*w_dims), b, padding=1, residual=z, alpha=0.5, activation="relu", scale=torch.ones(4)
+        numbers(2, 0, 5, 5),
+        numbers(*w_dims),
+        b,
+        padding=1,
+        residual=z,
+        alpha=0.5,
+        activation="relu",
+        scale=torch.ones(4),
     )
     torch.testing.assert_close(y, torch.relu(0.5 * z + b.view(-1, 1, 1)))
     none = convplan.conv2d(numbers(0, 3, 5, 5), numbers(4, 3, 3, 3), residual=numbers(0, 4, 3, 3), activation="relu")
