@@ -17,8 +17,9 @@ def _builtin() -> Iterable[Engine]:
     from convplan.engines.fake import FakeEngine
     from convplan.engines.fft import FftEngine
     from convplan.engines.matmul import MatmulEngine
+    from convplan.engines.onednn import OnednnEngine
 
-    return (CudnnEngine(), AtenEngine(), MatmulEngine(), FftEngine(), FakeEngine())
+    return (CudnnEngine(), AtenEngine(), MatmulEngine(), FftEngine(), OnednnEngine(), FakeEngine())
 
 
 registry = Registry(_builtin)
