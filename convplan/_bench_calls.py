@@ -104,7 +104,7 @@ def make_tensors(named: NamedProblem) -> Tensors:
     from convplan.engines._support import empty
 
     problem, device = named.problem, torch.device(named.problem.device)
-    first, second, bias = random_inputs(problem, device)
+    first, second, bias, *_ = random_inputs(problem, device)
     written = empty(problem.output, device).zero_()
     x, w, y = {
         "fprop": (first, second, written),

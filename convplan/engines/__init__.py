@@ -13,13 +13,15 @@ from convplan.engines.base import Engine, Registry
 
 def _builtin() -> Iterable[Engine]:
     from convplan.engines.aten import AtenEngine
+    from convplan.engines.composed import ComposedEngine
     from convplan.engines.cudnn.engine import CudnnEngine
     from convplan.engines.fake import FakeEngine
     from convplan.engines.fft import FftEngine
     from convplan.engines.matmul import MatmulEngine
     from convplan.engines.onednn import OnednnEngine
 
-    return (CudnnEngine(), AtenEngine(), MatmulEngine(), FftEngine(), OnednnEngine(), FakeEngine())
+    fusing = (OnednnEngine(), ComposedEngine())
+    return (CudnnEngine(), AtenEngine(), MatmulEngine(), FftEngine(), *fusing, FakeEngine())
 
 
 registry = Registry(_builtin)
