@@ -31,10 +31,11 @@ WARM = """
 import json, sys, time
 begin = time.perf_counter()
 import convplan
-for line in json.load(sys.stdin):
-    convplan.plan(convplan.Problem.parse(line), convplan.Policy(allow_tf32=True)).build()
+for line, tf32 in json.load(sys.stdin):
+    convplan.plan(convplan.Problem.parse(line), convplan.Policy(allow_tf32=tf32)).build()
 stats = convplan.stats()
-print(json.dumps({"seconds": time.perf_counter() - begin, **{name: stats[name] for name in ("tuned", "compiled", "from_store", "restored")}}))
+names = ("tuned", "compiled", "from_store", "restored")
+print(json.dumps({"seconds": time.perf_counter() - begin, **{name: stats[name] for name in names}}))
 """
 
 
@@ -62,7 +63,7 @@ def run(options: argparse.Namespace) -> None:
 
     begin = time.perf_counter()
     raw: dict[str, Any] = {"commit": commit(), "rows": [], "failures": [], "not_reached": []}
-    policy = Policy(allow_tf32=True)
+    policy = Policy()
     with Bench(policy, BenchOptions(seconds=options.seconds)) as bench:
         for named in forward_problems(options):
             if time.perf_counter() - begin > options.limit_s:
@@ -72,15 +73,21 @@ def run(options: argparse.Namespace) -> None:
             raw["failures"] += plain(failures)
             for text in options.epilogues.split(","):
                 problem = msgspec.structs.replace(named.problem, epilogue=parse_epilogue(text))
-                fused, failures = bench.compare(
-                    msgspec.structs.replace(named, name=f"{named.name} +{text}", problem=problem)
-                )
+                with_it = msgspec.structs.replace(named, name=f"{named.name} +{text}", problem=problem)
+                fused, failures = bench.compare(with_it)
                 raw["failures"] += plain(failures)
                 if fused is not None:
-                    raw["rows"].append({"epilogue": text, "fused": plain(fused), "alone": plain(alone)})
+                    raw["rows"].append(
+                        {
+                            "epilogue": text,
+                            "allow_tf32": named.policy(policy).allow_tf32,
+                            "fused": plain(fused),
+                            "alone": plain(alone),
+                        }
+                    )
             raw["environments"] = sorted(bench.environments)
             write(options, raw)
-    lines = [row["fused"]["problem"] for row in raw["rows"]]
+    lines = [(row["fused"]["problem"], row["allow_tf32"]) for row in raw["rows"]]
     done = subprocess.run(
         [sys.executable, "-c", WARM], input=json.dumps(lines), capture_output=True, text=True, check=False
     )
@@ -112,10 +119,9 @@ def write(options: argparse.Namespace, raw: dict[str, Any]) -> None:
 def table(raw: dict[str, Any]) -> str:
     from convplan._bench import geometric_mean
 
-    rows = raw["rows"]
-    alone = [
-        row["fused"]["convplan"]["median_us"] / row["alone"]["convplan"]["median_us"] for row in rows if row["alone"]
-    ]
+    rows, ours = raw["rows"], "convplan"
+    alone = [row["fused"][ours]["median_us"] / row["alone"][ours]["median_us"] for row in rows if row["alone"]]
+    mean = geometric_mean(row["fused"]["ratio"] for row in rows)
     planned = [row["fused"]["planning_s"] or 0.0 for row in rows]
     lines = [
         "# Fused convolutions",
@@ -123,9 +129,9 @@ def table(raw: dict[str, Any]) -> str:
         f"Commit {raw['commit']}; {'; '.join(raw.get('environments', []))}.",
         f"To reach: {GOALS}.",
         "",
-        f"{len(rows)} problems: geometric mean {geometric_mean(row['fused']['ratio'] for row in rows):.3f} of eager torch, "
-        f"{geometric_mean(alone):.3f} times the convolution alone (worst {max(alone, default=0):.2f}); planning took "
-        f"{max(planned, default=0):.1f} s at most.",
+        f"{len(rows)} problems: geometric mean {mean:.3f} times as fast as eager torch, "
+        f"{geometric_mean(alone):.3f} times as long as the convolution alone (worst {max(alone, default=0):.2f}); "
+        f"planning took {max(planned, default=0):.1f} s at most.",
         f"Again in a new process, from the store: {raw.get('warm', 'not reached')}.",
         "",
         "| problem | eager torch us | ± | convplan us | ± | eager / convplan | convolution alone us | fused / alone "
