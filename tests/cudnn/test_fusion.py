@@ -19,11 +19,13 @@ import pytest
 import torch
 
 from convplan import EngineConfig, Epilogue, PlanRejected, Policy, Problem, TensorSpec
+from convplan._ahead import AheadBuilder
 from convplan._problem import READS, WRITES
 from convplan.engines.cudnn import engine as engines
 from convplan.engines.cudnn import plans, running
 from convplan.engines.cudnn.configs import heuristic_configurations
 from convplan.engines.cudnn.descriptors import Descriptor
+from convplan.engines.cudnn.device import Device
 from convplan.engines.cudnn.engine import COMPILED, GENERAL, MOST_COMPILED, SPECIALISED, CudnnEngine
 from convplan.engines.cudnn.enums import Attribute
 from convplan.engines.cudnn.fusion import Fusion, Node, fusion_of, is_specialised, uid_of
@@ -455,6 +457,16 @@ def test_constants_are_written_where_they_belong(
     assert base64.b64decode(hardswish["engine"]["payload"]["kernels"][0]["cubin"])[:4] == b"\x7fELF"
 
 
+@pytest.mark.behaviour("C1")
+@pytest.mark.behaviour("C7")
+def test_plans_are_built_ahead_and_restored(h200: Device, cudnn: CudnnEngine) -> None:
+    for problem in (fused(bias=True, residual=True, activation="relu"), fused(scale=True, activation="silu")):
+        ahead = AheadBuilder(h200).build(problem, Policy(effort="instant"), leading=1)
+        ((config, data),) = ahead.serialized.items()
+        assert ahead.record.ranking[0].config == config
+        assert cudnn.restore(problem, config, POLICY, data).workspace_bytes == ahead.record.ranking[0].workspace_bytes
+
+
 # ---- the addresses that a run gives
 
 
@@ -483,9 +495,7 @@ def test_each_address_goes_to_its_tensor(op: str, epilogue: Epilogue) -> None:
         for name in ("x", "w", "y", *fusion.given):
             assert addresses.pop(ord(name)) == ord(name)
         values = {uid_of(name): value for name, value in fusion.constants.items()}
-        assert {uid: ctypes.c_float.from_address(at).value for uid, at in addresses.items()} == pytest.approx(
-            values
-        )
+        assert {uid: ctypes.c_float.from_address(at).value for uid, at in addresses.items()} == pytest.approx(values)
 
 
 def test_every_set_of_tensors_has_a_reader() -> None:
