@@ -181,7 +181,8 @@ def test_the_forward_is_one_plan_where_its_result_is_enough() -> None:
     leaves = [given[name].requires_grad_() for name in ("x", "w", "bias", "residual")]
     for activation, inside in (("relu", "+relu"), ("gelu", "")):
         seen: list[str] = []
-        state.captures = (lambda problem, gradients: seen.append(str(problem)),)
+        note = seen.append
+        state.captures = (lambda problem, gradients, note=note: note(str(problem)),)
         calling("conv2d", activation, ("bias", "residual"))(*leaves).sum().backward()
         assert [text.partition(" ")[0] for text in seen] == [f"fprop+residual*0.75+bias{inside}", "dgrad", "wgrad"]
 
