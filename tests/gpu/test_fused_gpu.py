@@ -45,7 +45,6 @@ def test_results_are_right(case: Case, findings: dict[str, Any]) -> None:
     assert off <= 1
     stats = convplan.stats()
     assert (stats["misses"], stats["fell_back"], stats["failed"], stats["left_to_torch"]) == (1, 0, 0, 0)
-    assert torch.equal(one.run(convplan, policy=INSTANT.replace(deterministic=True)).isnan(), y.isnan())
 
 
 def operands(dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
