@@ -77,7 +77,9 @@ def test_functions_take_torchs_arguments_in_torchs_order(name: str) -> None:
     ours = [p for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
     assert [p.name for p in ours] == [argument for argument, _ in torchs]
     assert ["" if p.default is p.empty else repr(p.default) for p in ours] == [default for _, default in torchs]
-    assert [p.name for p in parameters if p.kind is p.KEYWORD_ONLY] == ["policy", "out"]
+    assert [p.name for p in parameters if p.kind is p.KEYWORD_ONLY] == [
+        "residual", "alpha", "activation", "scale", "policy", "out",
+    ]  # fmt: skip
 
 
 def test_an_unknown_name_is_named() -> None:
