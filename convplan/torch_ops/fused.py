@@ -18,6 +18,7 @@ convolutions that no `Problem` describes: torch's own convolution and elementwis
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -273,8 +274,8 @@ def _composed(spatial: int, raw: Arguments, alpha: float, activation: Resolved) 
             input, residual = input.unsqueeze(0), None if residual is None else residual.unsqueeze(0)
         check_following(result_dims(input, weight, args), input, bias, residual, scale)
         _number(alpha)
-        in_core = scale is None
-        with torch.autocast(input.device.type, enabled=False):
+        device, in_core = input.device.type, scale is None
+        with torch.autocast(device, enabled=False) if device in ("cpu", "cuda") and _any_autocast() else nullcontext():
             result = convolution(input, weight, bias if in_core else None, None)
             result = follow(result, None if in_core else bias, residual, scale, alpha, activation)
         result = result if batched else result.squeeze(0)
