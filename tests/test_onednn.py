@@ -13,6 +13,7 @@ import pytest
 import torch
 from helpers import oracle
 
+import convplan
 from convplan._epilogue import ACTIVATIONS, Epilogue
 from convplan._errors import PlanRejected
 from convplan._policy import Policy
@@ -22,6 +23,7 @@ from convplan.engines.onednn import POST_OPS, Layout, OnednnEngine
 
 ENGINE = OnednnEngine()
 POLICY = Policy()
+INSTANT = Policy(effort="instant")
 NUMBERS = {"leaky_relu": (0.2,), "clamp": (-0.5, 2.0), "elu": (0.7,), "softplus": (2.0, 20.0)}
 DEFINITIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "none": lambda x: x,
@@ -185,6 +187,45 @@ def test_small_integers_come_out_exactly(geometry: str, epilogue: str) -> None:
         assert torch.equal(case.given_to(run).double(), exact), label
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(("op", "geometry", "epilogue"), SUPPORTED[::3])
+def test_no_convolution_goes_by_the_dispatcher(op: Op, geometry: str, epilogue: str, dtype: str) -> None:
+    """Where torch fuses nothing its calls do that, and would come back to convplan."""
+    problem = problem_with(geometry, epilogue, op, dtype=dtype)
+    case = Case(problem)
+    for label, run in every_config(problem):
+        with convplan.enabled(INSTANT), convplan.capture() as seen, torch.no_grad():
+            case.given_to(run)
+        assert not seen.calls, label
+
+
+@pytest.mark.behaviour("B31")
+@pytest.mark.parametrize("op", ["fprop", "dgrad"])
+def test_its_plans_are_planned_and_run(op: Op) -> None:
+    problem = problem_with("2d", "gelu", op, dtype="bfloat16", layout="channels_last")
+    record = convplan.plan(problem, Policy(budget_s=0.01, engines=("onednn", "aten")))
+    assert {one.config.engine for one in record.ranking} == {"onednn", "composed"}
+    case = Case(problem)
+    first, second, bias, *_ = case.arguments
+    for rank, one in enumerate(record.ranking):
+        case.assert_right(record.build(rank).run(first, second, bias), str(one.config))
+
+
+@pytest.mark.parametrize("alpha", [1.0, -0.5])
+@pytest.mark.parametrize("groups", [1, 2])
+def test_composed_adds_and_ends_in_one_pass_rightly(groups: int, alpha: float) -> None:
+    ending = Epilogue(residual=True, bias=True, alpha=alpha, activation="relu")
+    problem = Problem.dense("fprop", (2, 6, 7, 9), (8, 6 // groups, 3, 3), groups=groups, epilogue=ending)
+    record = convplan.plan(problem, INSTANT)
+    rank = next(place for place, one in enumerate(record.ranking) if one.config.engine == "composed")
+    case = Case(problem)
+    first, second, bias, residual, _ = case.arguments
+    assert residual is not None
+    before = residual.clone()
+    case.assert_right(record.build(rank).run(first, second, bias, residual=residual), "composed")
+    assert torch.equal(residual, before)
+
+
 REFUSED = {
     "on a GPU": (problem_with("2d", "relu", device="cuda"), "supported: cpu"),
     "plain": (problem_with("2d", "none"), "a bias alone"),
@@ -192,8 +233,7 @@ REFUSED = {
     "int8": (problem_with("2d", "relu", dtype="int8"), "supported: float32"),
     "unknown to oneDNN": (problem_with("2d", "elu"), "no elu"),
     "transposed with residual": (problem_with("2d", "residual", "dgrad"), "adds no residual"),
-    "groups with residual": (problem_with("groups", "residual-gelu"), "nothing but an addition with a ReLU"),
-    "groups with a factor": (problem_with("groups", "residual-times-relu"), "nothing but an addition with a ReLU"),
+    "groups with residual": (problem_with("groups", "residual-gelu"), "with groups"),
     "empty": (
         Problem.dense("fprop", (0, 6, 7, 9), (8, 6, 3, 3), epilogue=Epilogue(activation="relu")),
         "empty",
@@ -235,7 +275,7 @@ def test_unknown_knobs_are_rejected(knobs: dict[str, int], reason: str) -> None:
 def test_a_configuration_that_would_fuse_nothing_is_rejected() -> None:
     problem = problem_with("2d", "residual-gelu")
     assert {c.config.knob("layout") for c in ENGINE.configs(problem, "measure")} == {Layout.CHANNELS_LAST}
-    with pytest.raises(PlanRejected, match="fuses nothing"):
+    with pytest.raises(PlanRejected, match="channels-last only"):
         ENGINE.build(problem, EngineConfig.of("onednn", layout=0, compute=0), POLICY)
 
 

@@ -88,7 +88,7 @@ class OnednnEngine:
             self._candidate(problem, layout, compute)
             for compute in _computes(problem)
             for layout in _layouts(problem)
-            if _fuses(problem, layout, compute)
+            if _fuses(problem, layout)
         ]
 
     def _candidate(self, problem: Problem, layout: Layout, compute: Compute) -> Candidate:
@@ -113,8 +113,8 @@ class OnednnEngine:
             raise PlanRejected(engine=self.name, config=str(config), reason=str(exc)) from exc
         if not reason and compute not in _computes(problem):
             reason = f"{problem.dtype} is computed in {' or '.join(one.name for one in _computes(problem))}"
-        if not reason and not _fuses(problem, layout, compute):
-            reason = "oneDNN fuses nothing in this layout and dtype"
+        if not reason and not _fuses(problem, layout):
+            reason = "oneDNN adds a residual channels-last only"
         if reason:
             raise PlanRejected(engine=self.name, config=str(config), reason=reason)
         run = _run(problem, layout, compute)
@@ -137,25 +137,20 @@ def _refusal(problem: Problem) -> str:
     if problem.op == "dgrad" and epilogue.residual:
         return "oneDNN's transposed convolution adds no residual"
     if epilogue.residual:
-        if problem.groups > 1 and (epilogue.activation, epilogue.alpha) != ("relu", 1.0):
-            return "behind a convolution with groups, torch fuses nothing but an addition with a ReLU"
+        if problem.groups > 1:
+            return "torch has oneDNN add no residual to a convolution with groups"
     elif epilogue.activation not in POST_OPS and not epilogue.scale:
         return f"oneDNN has no {epilogue.activation} behind a convolution: {', '.join(POST_OPS)}"
     return ""
 
 
-def _fuses(problem: Problem, layout: Layout, compute: Compute) -> bool:
-    """Whether a configuration fuses anything: torch joins convolution and addition where it works channels-last."""
-    epilogue = problem.epilogue
-    if not epilogue.residual or _adds_in_onednn(problem, layout):
-        return True
-    # Elsewhere it adds afterwards, in one pass with the ReLU where there is one, which it has for float32 alone.
-    return (epilogue.activation, epilogue.alpha) == ("relu", 1.0) and _computed_in(problem, compute) == "float32"
+def _fuses(problem: Problem, layout: Layout) -> bool:
+    """Whether a configuration fuses anything: torch has oneDNN add a residual only where it works channels-last.
 
-
-def _adds_in_onednn(problem: Problem, layout: Layout) -> bool:
+    Elsewhere it calls its own convolution by the dispatcher, which may be convplan's, and adds afterwards.
+    """
     last = layout is Layout.CHANNELS_LAST or (layout is Layout.AS_GIVEN and problem.x.layout == "channels_last")
-    return problem.groups == 1 and last
+    return last or not problem.epilogue.residual
 
 
 def _computed_in(problem: Problem, compute: Compute) -> str:
@@ -216,7 +211,7 @@ def _run(problem: Problem, layout: Layout, compute: Compute) -> Run:
         Layout.CHANNELS_LAST: last,
     }[layout]
     # Where channels-last is counted on, strides of dimensions of size 1 must not hide it from torch.
-    first_wanted = last if whole.epilogue.residual and _adds_in_onednn(whole, layout) else wanted
+    first_wanted = last if whole.epilogue.residual else wanted
     dtype, spec, epilogue = TORCH_DTYPES[_computed_in(problem, compute)], whole.output, whole.epilogue
     fold, grows, crops = _folding(problem), problem.op == "fprop", problem.op == "dgrad"
     strides, out_dtype = spec.strides, TORCH_DTYPES[spec.dtype]
@@ -279,8 +274,7 @@ def _core(
         return (
             lambda x, w, bias, _: forward(x, w, bias, symmetric, stride, dilation, groups, name, numbers, variant)
         ), post is None
-    in_float32 = _computed_in(problem, compute) == "float32"
-    relu = epilogue.activation == "relu" and (in_float32 or _adds_in_onednn(whole, layout))
+    relu = epilogue.activation == "relu"
     return _adding(problem, symmetric, "relu" if relu else None), epilogue.activation != "none" and not relu
 
 
