@@ -19,7 +19,7 @@ from convplan import _runtime
 from convplan._errors import FuseError, SpecError
 from convplan._policy import Policy
 from convplan.report._table import table
-from convplan.torch_ops.fuse_graphs import Fused, Rewriting, Traced, traced
+from convplan.torch_ops.fuse_graphs import Fused, Reader, Rewriting, Traced, traced
 from convplan.torch_ops.fuse_patterns import CONVOLUTIONS, is_touched, why_not
 from convplan.torch_ops.fused import FusedCall, FusedConv
 
@@ -235,7 +235,7 @@ class _Walk:
         rows = Rewriting(module, found.graph, self._barred, self._policy).run()
         self.rows += [row._replace(name=before + row.name) for row in rows]
         self.found_any = self.found_any or bool(rows)
-        found.graph._tracer_cls = None  # one without arguments traces the code when it is unpickled
+        found.graph._tracer_cls = Reader
         new = FusedGraph(module, found.graph, type(module).__name__)
         for one in new.modules():
             if type(one) is nn.Module:  # what a graph module makes to hold others

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 import operator
+from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterator
 from typing import Any, NamedTuple
 
@@ -40,7 +41,17 @@ class _Proxy(fx.Proxy):
         return Tensor if self.tracer.yields_tensor(self.node) else _Proxy  # type: ignore[attr-defined]
 
 
-class _Tracer(fx.Tracer):
+class Reader(fx.Tracer):
+    """Traces the code of graphs that `fuse` made, when they are unpickled."""
+
+    def create_arg(self, a: Any) -> Any:
+        if type(a) is OrderedDict:  # which torch would make a plain dictionary of
+            pairs = [(key, self.create_arg(value)) for key, value in a.items()]
+            return self.create_node("call_function", OrderedDict, (pairs,), {})
+        return super().create_arg(a)
+
+
+class _Tracer(Reader):
     """Traces down to torch's own modules and to those that `keep` names, and remembers in which module it failed.
 
     Args:
@@ -79,6 +90,8 @@ class _Tracer(fx.Tracer):
     def create_arg(self, a: Any) -> Any:
         if issubclass(type(a), fx.Proxy):  # its class says otherwise
             return a.node
+        if isinstance(a, (dict, list)) and type(a) not in (dict, list, OrderedDict):
+            raise Untraceable(f"it makes a {type(a).__name__}")
         if isinstance(a, Tensor) and not isinstance(a, nn.Parameter):
             known = {id(buffer) for buffer in self.root.buffers()}
             if id(a) not in known and a not in self.tensor_attrs:
@@ -399,6 +412,8 @@ class Rewriting:
 
     def _named(self, node: Node) -> str:
         if node.op == "call_module":
+            if isinstance(self._modules[str(node.target)], (FusedCall, *patterns.CONVOLUTIONS)):
+                return str(node.target)
             return f"{type(self._modules[str(node.target)]).__name__} {node.target}"
         return getattr(node.target, "__name__", str(node.target))
 
