@@ -26,6 +26,7 @@ import msgspec
 
 from convplan import __version__, _environment
 from convplan._bench_calls import Call, Side, contenders, runs_a_ready_plan
+from convplan._epilogue import Epilogue
 from convplan._measure import half_interquartile_range
 from convplan._policy import Policy
 from convplan._problem_files import NamedProblem
@@ -258,7 +259,7 @@ def compare_record(record: PlanRecord, *, seconds: float = 0.5) -> tuple[float, 
     named = NamedProblem(
         name=record.key,
         problem=record.problem,
-        transposed=record.problem.op == "dgrad" and record.problem.epilogue.bias,
+        transposed=record.problem.op == "dgrad" and record.problem.epilogue != Epilogue(),
         allow_tf32=bool(record.policy.allow_tf32),
     )
     found = compare(named, record.policy, seconds=seconds)

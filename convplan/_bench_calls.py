@@ -12,6 +12,9 @@ torch pads or crops on its own and convplan computes the problem as it is:
     wgrad             the gradient, from an input that the forward pass has padded already, against  the plan
     transposed fprop  the call, then a view of the middle  against  convplan's function, with pairs
     its gradients     the incoming gradient is padded first  against  the plan
+
+What follows a convolution (its problem's epilogue) are torch's elementwise functions, in place as a careful user writes
+them, against convplan's function, which takes it all.
 """
 
 from __future__ import annotations
@@ -20,6 +23,8 @@ import functools
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, NamedTuple
+
+import msgspec
 
 from convplan._policy import Policy
 from convplan._problem_files import NamedProblem, leftover
@@ -60,8 +65,8 @@ def our_side(named: NamedProblem, policy: Policy, tensors: Tensors) -> tuple[Sid
         record = convplan.plan(named.problem, policy)
         run = functools.partial(record.build().run, *_plan_arguments(named, tensors))
         return Side("Plan.run", run, nullcontext), record
-    if arguments.pads:
-        wording, call = _paired_call(named, tensors, policy)
+    if arguments.pads or not named.problem.epilogue.is_plain:
+        wording, call = _own_call(named, arguments, tensors, policy)
     else:
         wording, call = _stock_call(named, arguments, tensors)
     ours = Side(wording, call, functools.partial(convplan.enabled, policy))
@@ -94,6 +99,8 @@ class Tensors(NamedTuple):
     weight: torch.Tensor
     target: torch.Tensor
     bias: torch.Tensor | None
+    residual: torch.Tensor | None = None
+    scale: torch.Tensor | None = None
 
 
 def make_tensors(named: NamedProblem) -> Tensors:
@@ -104,14 +111,14 @@ def make_tensors(named: NamedProblem) -> Tensors:
     from convplan.engines._support import empty
 
     problem, device = named.problem, torch.device(named.problem.device)
-    first, second, bias = random_inputs(problem, device)
+    first, second, *more, _ = random_inputs(problem, device)
     written = empty(problem.output, device).zero_()
     x, w, y = {
         "fprop": (first, second, written),
         "dgrad": (written, second, first),
         "wgrad": (first, written, second),
     }[problem.op]
-    return Tensors(y, w, x, bias) if named.transposed else Tensors(x, w, y, bias)
+    return Tensors(y, w, x, *more) if named.transposed else Tensors(x, w, y, *more)
 
 
 def _plan_arguments(named: NamedProblem, tensors: Tensors) -> tuple[torch.Tensor, torch.Tensor]:
@@ -167,13 +174,23 @@ def _flat(pairs: Sequence[tuple[int, int]]) -> tuple[int, ...]:
     return tuple(side for pair in reversed(pairs) for side in pair)
 
 
-def _stock_call(named: NamedProblem, arguments: _Arguments, tensors: Tensors) -> tuple[str, Call]:
+def _stock_call(named: NamedProblem, arguments: _Arguments, tensors: Tensors) -> tuple[str, Callable[[], Any]]:
     """What a user of stock torch writes for this problem, in words and ready to be called."""
     import torch.nn.functional as F
 
+    from convplan.engines._epilogues import apply_epilogue
+    from convplan.engines._support import TORCH_DTYPES
+
     name = _function_name(named)
-    source, weight, target, bias = tensors
+    source, weight, target, bias, residual, scale = tensors
     pads = list(arguments.pads)
+    epilogue = named.problem.epilogue
+    if not epilogue.is_plain:
+        plain = msgspec.structs.replace(named, problem=named.problem.core)
+        dtype = TORCH_DTYPES[plain.problem.output_dtype]
+        added = None if plain.problem.epilogue.bias else bias
+        words, core = _stock_call(plain, arguments, Tensors(source, weight, target, None if added is bias else bias))
+        return f"{words} {epilogue}", lambda: apply_epilogue(core().to(dtype), epilogue, added, residual, scale)
     if named.op == "fprop":
         forward = functools.partial(getattr(F, name), weight=weight, bias=bias, **_keywords(named, arguments))
         if not pads:
@@ -223,8 +240,8 @@ def _gradient(
     return gradient
 
 
-def _paired_call(named: NamedProblem, tensors: Tensors, policy: Policy) -> tuple[str, Call]:
-    """convplan's own function, whose padding may be pairs."""
+def _own_call(named: NamedProblem, arguments: _Arguments, tensors: Tensors, policy: Policy) -> tuple[str, Call]:
+    """convplan's own function, whose padding may be pairs, and which takes what follows the convolution."""
     import convplan
 
     name = _function_name(named)
@@ -233,10 +250,23 @@ def _paired_call(named: NamedProblem, tensors: Tensors, policy: Policy) -> tuple
         tensors.source,
         tensors.weight,
         tensors.bias,
-        **_keywords(named, None),
+        **_keywords(named, None if arguments.pads else arguments),
+        **_epilogue_keywords(named, tensors),
         policy=policy,
     )
     return f"convplan.{name}", call
+
+
+def _epilogue_keywords(named: NamedProblem, tensors: Tensors) -> dict[str, Any]:
+    epilogue = named.problem.epilogue
+    if epilogue.is_plain:
+        return {}
+    return {
+        "residual": tensors.residual,
+        "alpha": epilogue.alpha,
+        "scale": tensors.scale,
+        "activation": (epilogue.activation, *epilogue.parameters),
+    }
 
 
 def _function_name(named: NamedProblem) -> str:

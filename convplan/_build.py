@@ -11,7 +11,7 @@ import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from convplan._candidates import Live, Stage, failure_reason, split
+from convplan._candidates import COMPILED, Live, Stage, failure_reason, split
 from convplan._memory import over_limit, workspace_limit_bytes
 from convplan._plan import Evidence
 from convplan._policy import Policy
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from concurrent.futures import ThreadPoolExecutor
 
 BUILDERS = 4  # threads
-COMPILED = "RUNTIME_COMPILATION"
 
 
 def build_candidates(live: Sequence[Live], problem: Problem, policy: Policy) -> Stage:

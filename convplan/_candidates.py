@@ -18,14 +18,15 @@ from convplan._measure import Measurement, first_line
 from convplan._plan import Evidence
 from convplan._policy import Effort, Policy
 from convplan._problem import Problem
-from convplan.engines import registry
-from convplan.engines.base import FALLBACK, LAST_RESORT, Built, Candidate, Engine, EngineConfig
+from convplan.engines import composed, registry
+from convplan.engines.base import FALLBACK, LAST_RESORT, Built, Candidate, Engine, EngineConfig, support
 
 if TYPE_CHECKING:
     from concurrent.futures import Future
 
 log = logging.getLogger("convplan.planner")
 
+COMPILED = "RUNTIME_COMPILATION"
 FEWER_OPERATIONS = 20  # a method with that many times fewer operations goes first when nothing is timed
 _LATER = {FALLBACK: 1, LAST_RESORT: 2}
 
@@ -74,8 +75,13 @@ Stage = tuple[list[Live], list[Evidence]]
 """What a stage leaves: the candidates still in, and the rejections it made."""
 
 
-def enumerate_candidates(problem: Problem, policy: Policy, effort: Effort) -> Stage:
-    """Everything the allowed engines propose, in engine order; an engine that refuses leaves one rejection."""
+def enumerate_candidates(problem: Problem, policy: Policy, effort: Effort, unfused: Sequence[Evidence] = ()) -> Stage:
+    """Everything the allowed engines propose, in engine order; an engine that refuses leaves one rejection.
+
+    Args:
+        problem, policy, effort: as for `find_plans`.
+        unfused: leading plans of the problem's core, to be run with the epilogue behind them.
+    """
     live: list[Live] = []
     rejected: list[Evidence] = []
     for engine in registry.allowed(policy.engines):
@@ -85,6 +91,9 @@ def enumerate_candidates(problem: Problem, policy: Policy, effort: Effort) -> St
         first_of_equals = {candidate.config: candidate for candidate in reversed(proposals)}
         wanted = dict.fromkeys(candidate.config for candidate in proposals)
         live += [Live(first_of_equals[config], engine) for config in wanted]
+    if unfused:
+        composing = registry.get(composed.NAME)
+        live += [Live(composed.composed_candidate(evidence), composing) for evidence in unfused]
     if effort == "instant":
         live.sort(key=functools.partial(instant_order, problem))
     return live, rejected
@@ -93,16 +102,18 @@ def enumerate_candidates(problem: Problem, policy: Policy, effort: Effort) -> St
 def ask(engine: Engine, problem: Problem, effort: Effort) -> tuple[Sequence[Candidate], str]:
     """What one engine proposes, and why it proposes nothing."""
     try:
-        support = engine.supports(problem)
-        proposals = engine.configs(problem, effort) if support.ok else ()
+        answer = support(engine, problem)
+        proposals = engine.configs(problem, effort) if answer.ok else ()
     except Exception as exc:  # an engine's failure costs its candidates, never the planning
         return (), failure_reason(exc)
-    return proposals, support.reason or "it proposes no configuration"
+    return proposals, answer.reason or "it proposes no configuration"
 
 
 def instant_order(problem: Problem, item: Live) -> tuple[int, bool]:
     """Engine order, except that fallbacks and last resorts go last, and on the CPU a method with far fewer operations
     goes first: a GPU's rates differ by more than that between kinds of arithmetic."""
+    if not problem.epilogue.is_plain and COMPILED in item.candidate.notes.behavior:
+        return 1, False  # what can run at once goes before what takes a second to compile
     flops = item.candidate.flops
     needs_few = problem.device == "cpu" and flops is not None and flops * FEWER_OPERATIONS < problem.flops
     return _LATER.get(item.candidate.source, 0), not needs_few

@@ -76,7 +76,7 @@ class InTurns:
     def __call__(self) -> torch.Tensor:
         inputs = self._turns[self._next]
         self._next = (self._next + 1) % len(self._turns)
-        return self._run(*inputs, None)
+        return inputs.given_to(self._run)
 
 
 def inputs_in_turns(verifier: Verifier, policy: Policy) -> list[Inputs]:

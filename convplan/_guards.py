@@ -11,6 +11,7 @@ import ctypes
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
+import msgspec
 import torch
 
 from convplan._epilogue import MAX_ALIGNMENT_BYTES
@@ -73,13 +74,13 @@ class Bench:
     def __init__(self, problem: Problem, numbers: Inputs, device: torch.device) -> None:
         first, second = problem.inputs
         self._guarded = [Guarded(first, device, "first input"), Guarded(second, device, "second input")]
-        if numbers.bias is not None:
-            bias = TensorSpec.dense((1, int(numbers.bias.numel()), 1), problem.output_dtype)
-            self._guarded.append(Guarded(bias, device, "bias"))
-        tensors = [guarded.tensor for guarded in self._guarded]
-        for guarded, given in zip(self._guarded, [one for one in numbers if one is not None], strict=True):
+        extra = {name: spec for name, spec in _beside(problem).items() if getattr(numbers, name) is not None}
+        self._guarded += [Guarded(spec, device, name) for name, spec in extra.items()]
+        for guarded, given in zip(self._guarded, numbers.tensors(), strict=True):
             guarded.fill(given)
-        self.inputs = Inputs(tensors[0], tensors[1], tensors[2].view(-1) if len(tensors) > 2 else None)
+        tensors = {guarded.what: guarded.tensor for guarded in self._guarded}
+        views = {name: tensors[name] if name == "residual" else tensors[name].view(-1) for name in extra}
+        self.inputs = Inputs(tensors["first input"], tensors["second input"], **views, plain=numbers.plain)
         self._output = Guarded(problem.output, device, "output")
 
     def fresh_output(self) -> torch.Tensor:
@@ -90,6 +91,14 @@ class Bench:
     def trouble(self) -> str:
         """What was written outside of the tensors; empty when nothing was."""
         return next(filter(None, (guarded.trouble() for guarded in (self._output, *self._guarded))), "")
+
+
+def _beside(problem: Problem) -> dict[str, TensorSpec]:
+    """What an epilogue may read."""
+    channels, epilogue = (1, problem.output.dims[1], 1), problem.epilogue
+    residual = msgspec.structs.replace(problem.output, alignment_bytes=epilogue.residual_alignment_bytes)
+    bias = TensorSpec(channels, (channels[1], 1, 1), problem.bias_dtype, epilogue.bias_alignment_bytes)
+    return {"bias": bias, "residual": residual, "scale": TensorSpec.dense(channels, problem.scale_dtype)}
 
 
 def checksum(tensor: torch.Tensor) -> int:

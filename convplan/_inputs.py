@@ -11,11 +11,13 @@ import math
 from collections.abc import Callable
 from typing import NamedTuple
 
+import msgspec
 import torch
 
 from convplan._epilogue import MAX_ALIGNMENT_BYTES
 from convplan._problem import DTYPES, Problem, TensorSpec
 from convplan.engines._support import TORCH_DTYPES
+from convplan.engines.base import Run
 
 BASE_ALIGNMENT_BYTES = 64  # of torch's CPU allocator; its CUDA allocator aligns to 512
 LARGEST_INTEGER = 2
@@ -34,11 +36,25 @@ class Inputs(NamedTuple):
 
     first: torch.Tensor
     second: torch.Tensor
-    bias: torch.Tensor | None
+    bias: torch.Tensor | None = None
+    residual: torch.Tensor | None = None
+    scale: torch.Tensor | None = None
+    plain: bool = True  # whether the problem's epilogue is
+
+    def tensors(self) -> list[torch.Tensor]:
+        """Those that there are, in order."""
+        return [one for one in self[:5] if one is not None]
+
+    def given_to(self, run: Run, out: torch.Tensor | None = None) -> torch.Tensor:
+        """What a built candidate makes of them."""
+        if self.plain:
+            return run(self.first, self.second, self.bias, out)
+        return run(self.first, self.second, self.bias, out, self.residual, self.scale)
 
     def copy(self) -> Inputs:
         """The same numbers in memory of their own, with the same strides and alignment."""
-        return Inputs(_copied(self.first), _copied(self.second), None if self.bias is None else _copied(self.bias))
+        bias, residual, scale = (None if one is None else _copied(one) for one in self[2:5])
+        return Inputs(_copied(self.first), _copied(self.second), bias, residual, scale, self.plain)
 
 
 def _copied(tensor: torch.Tensor) -> torch.Tensor:
@@ -112,11 +128,21 @@ def integer_inputs(problem: Problem, device: torch.device, seed: int = 0) -> Inp
 
 def _make(problem: Problem, device: torch.device, fill: Fill) -> Inputs:
     first, second = (_tensor(spec, device, fill) for spec in problem.inputs)
-    bias = None
-    if problem.epilogue.bias:
-        bias = torch.empty(problem.output.dims[1], dtype=TORCH_DTYPES[problem.output_dtype], device=device)
-        fill(bias)
-    return Inputs(first, second, bias)
+    epilogue, channels = problem.epilogue, (problem.output.dims[1],)
+    bias = residual = scale = None
+    if epilogue.bias:
+        bias = _vector(channels, problem.bias_dtype, epilogue.bias_alignment_bytes, device, fill)
+    if epilogue.residual:
+        aligned = msgspec.structs.replace(problem.output, alignment_bytes=epilogue.residual_alignment_bytes)
+        residual = _tensor(aligned, device, fill)
+    if epilogue.scale:
+        scale = _vector(channels, problem.scale_dtype, MAX_ALIGNMENT_BYTES, device, fill)
+    return Inputs(first, second, bias, residual, scale, epilogue.is_plain)
+
+
+def _vector(dims: tuple[int], dtype: str, alignment_bytes: int, device: torch.device, fill: Fill) -> torch.Tensor:
+    spec = TensorSpec((1, *dims, 1), (dims[0], 1, 1), dtype, alignment_bytes)
+    return _tensor(spec, device, fill).view(dims)
 
 
 def _tensor(spec: TensorSpec, device: torch.device, fill: Fill) -> torch.Tensor:

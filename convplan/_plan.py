@@ -204,6 +204,8 @@ class Plan:
         second: torch.Tensor,
         bias: torch.Tensor | None = None,
         *,
+        residual: torch.Tensor | None = None,
+        scale: torch.Tensor | None = None,
         out: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Compute. No gradient is recorded; use `convplan.conv2d` and friends for that.
@@ -211,6 +213,8 @@ class Plan:
         Args:
             first, second: (x, w) for fprop, (y, w) for dgrad, (x, y) for wgrad, as the problem describes them.
             bias: one number per output channel, required when the problem's epilogue has a bias.
+            residual: a tensor like the output, required when the epilogue has one.
+            scale: one number per output channel, required when the epilogue has a scale.
             out: a tensor of the output's dims and dtype to write into, with any strides. None: a new one.
 
         Returns:
@@ -223,8 +227,13 @@ class Plan:
         first_spec, second_spec = self.problem.inputs
         _check_tensor("first input", first, first_spec, self.problem.device)
         _check_tensor("second input", second, second_spec, self.problem.device)
-        if bias is not None or self.problem.epilogue.bias:
-            self._check_bias(bias)
+        epilogue = self.problem.epilogue
+        if bias is not None or epilogue.bias:
+            self._check_vector("bias", bias, epilogue.bias, self.problem.bias_dtype)
+        if scale is not None or epilogue.scale:
+            self._check_vector("scale", scale, epilogue.scale, self.problem.scale_dtype)
+        if residual is not None or epilogue.residual:
+            self._check_residual(residual)
         if out is not None:
             check_distinct(out)
             _check_tensor("out", out, self.problem.output, self.problem.device, any_strides=True)
@@ -233,9 +242,10 @@ class Plan:
         try:
             with torch.no_grad(), torch.autocast(first.device.type, enabled=False):
                 run = ranged(self.unchecked_run, self)
-                if out is not None and shares_memory(out, (first, second, bias)):
-                    return out.copy_(run(first, second, bias, None))
-                return run(first, second, bias, out)
+                more = () if epilogue.is_plain else (residual, scale)
+                if out is not None and shares_memory(out, (first, second, bias, *more)):
+                    return out.copy_(run(first, second, bias, None, *more))
+                return run(first, second, bias, out, *more)
         except RuntimeError as exc:
             raise ExecutionFailed(plan=f"{self.problem}", tried=[(str(self.config), str(exc))]) from exc
 
@@ -245,15 +255,21 @@ class Plan:
         """`unchecked_run` for the calling thread and the current device only, which is cheaper where that matters."""
         return self.unchecked_run if self._bind is None else self._bind()
 
-    def _check_bias(self, bias: torch.Tensor | None) -> None:
-        wanted = self.problem.epilogue.bias
-        if (bias is not None) != wanted:
-            raise SpecError(f"bias is {'missing' if wanted else 'given'}, the problem says Epilogue(bias={wanted})")
+    def _check_vector(self, name: str, given: torch.Tensor | None, wanted: bool, dtype: str) -> None:
+        if given is None or not wanted:
+            found = "missing" if given is None else "given"
+            raise SpecError(f"{name} is {found}, the problem says Epilogue({name}={wanted})")
         channels = self.problem.output.dims[1]
-        if bias is not None and (tuple(bias.shape) != (channels,) or _dtype_name(bias) != self.problem.output_dtype):
-            raise SpecError(
-                f"bias is {tuple(bias.shape)} {_dtype_name(bias)}, expected ({channels},) {self.problem.output_dtype}"
-            )
+        if tuple(given.shape) != (channels,) or _dtype_name(given) != dtype:
+            raise SpecError(f"{name} is {tuple(given.shape)} {_dtype_name(given)}, expected ({channels},) {dtype}")
+
+    def _check_residual(self, residual: torch.Tensor | None) -> None:
+        epilogue = self.problem.epilogue
+        if residual is None or not epilogue.residual:
+            found = "missing" if residual is None else "given"
+            raise SpecError(f"residual is {found}, the problem says Epilogue(residual={epilogue.residual})")
+        spec = msgspec.structs.replace(self.problem.output, alignment_bytes=epilogue.residual_alignment_bytes)
+        _check_tensor("residual", residual, spec, self.problem.device)
 
     def __repr__(self) -> str:
         return f"Plan({self.config}, {self.problem})"

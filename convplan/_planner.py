@@ -19,11 +19,11 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, NamedTuple
 
 from convplan import __version__
-from convplan._build import COMPILED, build_candidates, first_that_builds
-from convplan._candidates import Live, enumerate_candidates, instant_order, no_plan, split
+from convplan._build import build_candidates, first_that_builds
+from convplan._candidates import COMPILED, Live, enumerate_candidates, instant_order, no_plan, split
 from convplan._contest import measure_candidates, rank
 from convplan._environment import Environment
-from convplan._errors import ConvPlanError, ConvPlanWarning
+from convplan._errors import ConvPlanError, ConvPlanWarning, NoPlan
 from convplan._filter import filter_candidates, forbidden
 from convplan._learned import LearnedErratum, verdict
 from convplan._limits import peaks_of
@@ -41,6 +41,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("convplan.planner")
 
+UNFUSED = 2  # plans of a problem's core that race with its epilogue behind them
 SERIALIZED = 2  # plans of a record that are kept serialized: the choice, and the one behind it
 
 
@@ -66,6 +67,7 @@ def find_plans(
     clock: Clock = time.perf_counter_ns,
     learned: Sequence[LearnedErratum] = (),
     one_of_many: bool = False,
+    unfused: PlanRecord | None = None,
 ) -> Planned:
     """Find the ranking of plans for a problem.
 
@@ -77,6 +79,8 @@ def find_plans(
         clock: nanoseconds, for timing candidates and planning itself.
         learned: configurations that failed before; those that count in this environment are not run again.
         one_of_many: it is tuned for what it says of others; what must be compiled for each shape anew says nothing.
+        unfused: a record of the problem's core, whose leading plans race with torch's elementwise kernels behind them;
+            None: the core is planned first, where there is one.
 
     Returns:
         A record with at least one usable candidate, and what was built.
@@ -89,7 +93,11 @@ def find_plans(
     begin = clock()
     stages = _Stages(clock)
     rules = _Rules(policy, environment, effort or policy.effort, learned, one_of_many)
-    outcome = _through_stages(problem, rules, clock, stages)
+    if unfused is None and not problem.epilogue.is_plain:
+        with stages("unfused"):
+            unfused = _plan_core(problem, rules, clock)
+    leading = () if unfused is None else unfused.ranking[:UNFUSED]
+    outcome = _through_stages(problem, rules, clock, stages, leading)
     if not outcome.ranking:
         raise no_plan(problem, policy, outcome.rejected)
     record = PlanRecord(
@@ -117,6 +125,18 @@ def find_plans(
     return Planned(record, built)
 
 
+def _plan_core(problem: Problem, rules: _Rules, clock: Clock) -> PlanRecord | None:
+    """The convolution alone, at the same effort, but for a search; None where no engine runs it."""
+    effort: Effort = "instant" if rules.effort == "instant" else "measure"
+    try:
+        return plan_problem(
+            problem.core, rules.policy, rules.environment, effort=effort, clock=clock, learned=rules.learned
+        )
+    except NoPlan as exc:
+        log.info("nothing runs the convolution alone: %s", exc)
+        return None
+
+
 class _Outcome(NamedTuple):
     """What the stages leave for the record; `effort` is the one that there really was."""
 
@@ -137,10 +157,12 @@ class _Rules(NamedTuple):
     one_of_many: bool
 
 
-def _through_stages(problem: Problem, rules: _Rules, clock: Clock, stages: _Stages) -> _Outcome:
+def _through_stages(
+    problem: Problem, rules: _Rules, clock: Clock, stages: _Stages, unfused: Sequence[Evidence]
+) -> _Outcome:
     policy, environment, effort = rules.policy, rules.environment, rules.effort
     with stages("enumerate"):
-        live, rejected = enumerate_candidates(problem, policy, effort)
+        live, rejected = enumerate_candidates(problem, policy, effort, unfused)
     with stages("filter"):
         here = [one for one in rules.learned if one.applies_in(environment)]
         live, dropped = filter_candidates(live, problem, policy, learned=here)

@@ -24,7 +24,7 @@ from typing import Annotated, Any, Literal, cast, get_args
 
 import msgspec
 
-from convplan._epilogue import MAX_ALIGNMENT_BYTES, Epilogue
+from convplan._epilogue import MAX_ALIGNMENT_BYTES, Epilogue, parse_epilogue
 from convplan._errors import PlanFileError, SpecError
 from convplan._policy import Policy
 from convplan._problem import Op, Problem, TensorSpec, output_spatial, padding_pairs
@@ -90,6 +90,7 @@ class ProblemEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
         transposed: a transposed convolution, with torch's meaning of padding, stride, dilation and `output_padding`.
         output_padding: for transposed convolutions; empty for none.
         bias: the call adds a bias.
+        epilogue: what else is done to the result, in a problem's own words: `residual*0.5+bias+relu`.
         device: torch device type.
         input, weight, output: what one tensor of the call has beyond its sizes.
         model, suite, comment: where the problem comes from, for people.
@@ -112,6 +113,7 @@ class ProblemEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     transposed: bool = False
     output_padding: Annotated[tuple[Size, ...], msgspec.Meta(max_length=3)] = ()
     bias: bool = False
+    epilogue: Text = ""
     device: str = "cpu"
     input: TensorLayout | None = None
     weight: TensorLayout | None = None
@@ -133,8 +135,10 @@ class ProblemEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
                 raise SpecError(f"{field}: found {found} entries, expected {rank}, as many as spatial has")
         if self.c % self.groups or self.k % self.groups:
             raise SpecError(f"groups: found {self.groups}, expected a divisor of c = {self.c} and k = {self.k}")
-        if self.bias and self.op != "fprop":
-            raise SpecError(f"bias: found true with op {self.op}, expected it with fprop only")
+        for field in ("bias", "epilogue"):
+            if getattr(self, field) and self.op != "fprop":
+                value = "true" if field == "bias" else repr(self.epilogue)
+                raise SpecError(f"{field}: found {value} with op {self.op}, expected it with fprop only")
         return self._transposed_problem() if self.transposed else self._plain_problem()
 
     def _plain_problem(self) -> Problem:
@@ -170,9 +174,13 @@ class ProblemEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
             stride=self.stride,
             dilation=self.dilation,
             groups=self.groups,
-            epilogue=Epilogue(bias=self.bias),
+            epilogue=self._epilogue(),
             device=self.device,
         )
+
+    def _epilogue(self) -> Epilogue:
+        epilogue = parse_epilogue(self.epilogue)
+        return msgspec.structs.replace(epilogue, bias=True) if self.bias else epilogue
 
     def _tensors(self, *dims: tuple[int, ...]) -> list[TensorSpec]:
         """Input, weight and output of the call.
@@ -395,11 +403,11 @@ def with_name(problem: Problem | NamedProblem, index: int, name: str = "") -> Na
     """A problem by a name: its own, the given one, or one made of its position and operation."""
     if isinstance(problem, NamedProblem):
         return problem
-    # A bias on a dgrad problem only comes from a transposed convolution.
+    # An epilogue on a dgrad problem only comes from a transposed convolution.
     return NamedProblem(
         name=name or f"{index:04d}-{problem.op}",
         problem=problem,
-        transposed=problem.op == "dgrad" and problem.epilogue.bias,
+        transposed=problem.op == "dgrad" and problem.epilogue != Epilogue(),
         allow_tf32=problem.dtype == "float32",
     )
 
@@ -426,7 +434,8 @@ def _entry(named: NamedProblem) -> ProblemEntry:
         layout="channels_last" if channels_last else "contiguous",
         transposed=named.transposed,
         output_padding=leftover(problem) if named.transposed else (),
-        bias=problem.epilogue.bias,
+        bias=problem.epilogue.bias and problem.epilogue.is_plain,
+        epilogue="" if problem.epilogue.is_plain else str(problem.epilogue).removeprefix("+"),
         device=problem.device,
         model=named.model,
         suite=named.suite,

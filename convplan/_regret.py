@@ -139,7 +139,7 @@ def regret_of(
     problem, chosen = first.problem, [record.config for record in records]
     with torch.no_grad():
         inputs = random_inputs(problem, torch.device(problem.device))
-        calls = _calls(records, _contestants(records, raced), lambda run: lambda: run(*inputs, None))
+        calls = _calls(records, _contestants(records, raced), lambda run: lambda: inputs.given_to(run))
         timer = _timer(problem, clock)
         samples = _race(calls, timer, seconds, seed)
     medians = {config: statistics.median(times) for config, times in samples.items()}

@@ -24,8 +24,8 @@ from convplan._nearest import Likely, likely
 from convplan._plan import Evidence, Plan, PlanRecord, utc_now
 from convplan._policy import Policy
 from convplan._problem import Problem
-from convplan.engines import registry
-from convplan.engines.base import LAST_RESORT, Candidate, Engine, Offer, Offering, Searchable
+from convplan.engines import composed, registry
+from convplan.engines.base import LAST_RESORT, Candidate, Engine, EngineConfig, Offer, Offering, Searchable, support
 
 log = logging.getLogger("convplan.planner")
 
@@ -110,7 +110,7 @@ def _as_known(
     # What needs nothing but torch stays marked as that: it counts as falling back when nothing else is left.
     source = LAST_RESORT if one.evidence.source == LAST_RESORT else RELATIVE
     candidate = Candidate(config=config, notes=one.evidence.notes, source=source)
-    engine = engines.get(config.engine)
+    engine = _allowed(config, engines)
     if engine is None:
         reason = f"engine {config.engine!r} is not among those that may run: {', '.join(engines)}"
         rejected.append(
@@ -127,13 +127,20 @@ def _as_known(
     return item
 
 
+def _allowed(config: EngineConfig, engines: Mapping[str, Engine]) -> Engine | None:
+    """The engine of a configuration, if it may run; a composed plan may where the engine behind it may."""
+    if config.engine != composed.NAME:
+        return engines.get(config.engine)
+    return registry.get(composed.NAME) if composed.unfused_config(config).engine in engines else None
+
+
 def _proposed(item: Live, problem: Problem, policy: Policy) -> tuple[str, str]:
     """Ask its engine about a relative's configuration and build it; the stage and reason where that ends, or empty."""
     engine = item.engine
     try:
-        support = engine.supports(problem)
-        if not support.ok:
-            return "enumerate", support.reason
+        answer = support(engine, problem)
+        if not answer.ok:
+            return "enumerate", answer.reason
         item.candidate, build = _offer(engine, problem, item.candidate)
         reason = forbidden(item.candidate, problem, policy, MOST_WORKSPACE_BYTES)
         if reason:

@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import msgspec
 
 from convplan import _agreement, _environment
-from convplan._build import COMPILED
+from convplan._candidates import COMPILED
 from convplan._errors import CaptureMiss, ConvPlanError, ConvPlanWarning, ExecutionFailed, NoPlan, ReplayMiss, TooLarge
 from convplan._learned import learned_from, verdict
 from convplan._lru import LeastRecentlyUsed
@@ -707,9 +707,18 @@ def _plan(
 ) -> PlanRecord:
     """Plan and store. When nothing survives, the choice notes it, so that later calls do not search again."""
     choice.failure = None
+    unfused = None if problem.epilogue.is_plain else _unfused(problem, policy, environment, effort)
     try:
         errata = store().errata(environment)
-        found = find_plans(problem, policy, environment, effort=effort, learned=errata, one_of_many=choice.one_of_many)
+        found = find_plans(
+            problem,
+            policy,
+            environment,
+            effort=effort,
+            learned=errata,
+            one_of_many=choice.one_of_many,
+            unfused=unfused,
+        )
     except NoPlan as exc:
         counts.add("failed")
         choice.failure = _Failure(exc.problem, exc.policy, exc.rejections, registry.generation)
@@ -730,6 +739,24 @@ def _plan(
     if keep:
         store().remember(record, found.serialized())
     return record
+
+
+def _unfused(
+    problem: Problem, policy: Policy, environment: _environment.Environment, effort: Effort
+) -> PlanRecord | None:
+    """What runs the convolution alone: remembered, stored or planned now, and kept for its own sake as well."""
+    core, wanted = problem.core, policy.replace(effort="instant" if effort == "instant" else "measure")
+    choice = _choices.get(core, policy, environment)
+    with choice.lock:
+        try:
+            if not _suffices(choice.record, wanted):
+                choice.record = _stored(choice, core, wanted, environment) or choice.record
+            if not _suffices(choice.record, wanted):
+                keep = policy.effort == "instant" or effort != "instant"
+                choice.record = _plan(choice, core, policy, environment, wanted.effort, keep=keep)
+        except NoPlan:
+            return None
+        return choice.record
 
 
 def _raise_known_failure(choice: _Choice) -> None:
@@ -777,7 +804,7 @@ def _suffices(record: PlanRecord | None, policy: Policy) -> bool:
 
 
 class Runner:
-    """Runs one problem by its choice: `runner(first, second, bias, out)`.
+    """Runs one problem by its choice: `runner(first, second, bias, out)`, with what else its `Run` takes behind that.
 
     Belongs to one thread and one device. While its choice is provisional, each call counts as one more sighting of the
     problem. While a CUDA graph is captured nothing is planned, built or counted.
@@ -851,14 +878,19 @@ class Runner:
         yield other
 
     def __call__(
-        self, first: torch.Tensor, second: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor | None
+        self,
+        first: torch.Tensor,
+        second: torch.Tensor,
+        bias: torch.Tensor | None,
+        out: torch.Tensor | None,
+        *more: torch.Tensor | None,
     ) -> torch.Tensor:
         if not self.settled or self._choice.record is not self._record:
             self._look_again()
         try:
-            return self._run(first, second, bias, out)
+            return self._run(first, second, bias, out, *more)
         except Exception as exc:  # whatever an engine raises, the convolution must still be computed
-            return self._next_ranked(exc, first, second, bias, out)
+            return self._next_ranked(exc, first, second, bias, out, *more)
 
     @property
     def unwatched(self) -> Run | None:
@@ -906,6 +938,7 @@ class Runner:
         second: torch.Tensor,
         bias: torch.Tensor | None,
         out: torch.Tensor | None,
+        *more: torch.Tensor | None,
     ) -> torch.Tensor:
         """Run the best-ranked plan that works, and demote those that failed for the rest of the process (B18, B23)."""
         counts.add("failed")
@@ -920,7 +953,7 @@ class Runner:
                 try:
                     with on_device(self._device):
                         plan = _build(record, rank)
-                    result = plan.unchecked_run(first, second, bias, out)
+                    result = plan.unchecked_run(first, second, bias, out, *more)
                 except Exception as next_exc:  # same as above: try the one after
                     failed[evidence.config] = first_line(next_exc)
                     drop_tensors(next_exc)

@@ -26,7 +26,7 @@ from convplan._torch_state import torch_state
 from convplan._walk import Walk
 from convplan._worker_link import Lost, NoWorker, WorkerLink
 from convplan._worker_messages import EngineSpec, Race, Raced, Racer, Setup, Tried, Try, kind_of
-from convplan.engines.base import SEARCHED, Candidate, Engine, EngineConfig, Remakable, Searchable, Space
+from convplan.engines.base import SEARCHED, Candidate, Engine, EngineConfig, Remakable, Searchable, Space, support
 
 log = logging.getLogger("convplan.search")
 
@@ -227,7 +227,7 @@ class _Search:
             if engine.name in self._link.missing or not isinstance(engine, Searchable):
                 continue
             try:
-                if engine.supports(self._problem).ok:
+                if support(engine, self._problem).ok:
                     found += [(engine.name, space) for space in engine.spaces(self._problem)]
             except Exception as exc:  # an engine's failure costs its own knobs, never the search
                 log.info("engine %s does not tell its knobs: %s: %s", engine.name, type(exc).__name__, first_line(exc))

@@ -10,6 +10,9 @@ Tolerance follows the arithmetic, per output, n being the number of products sum
 
     eps(output) * |ref| + factor * sqrt(n) * eps(accumulate) * conv(|x|, |w|)
 
+With an epilogue, what the convolution may be off by goes through it: scaled, and enlarged by the activation's largest
+slope; each of its steps may be rounded to the output's type, as torch's own modules one after the other do.
+
 Hardware that keeps fewer bits of a running fp8 sum than float32 has (`SUM_BITS`) may lose on top of that
 `SHORT_SUM_FACTOR * eps(those bits) * conv(|x|, |w|)`. Where an output leaves the range of an integer or fp8 type it is
 expected to saturate; the inputs are chosen so that it does not happen. int8 has no tolerance: all is compared exactly.
@@ -28,6 +31,7 @@ from typing import Literal, NamedTuple
 
 import torch
 
+from convplan._epilogue import Epilogue
 from convplan._errors import WrongResult
 from convplan._inputs import SUM_BITS, Inputs, exact_limit, integer_inputs, random_inputs
 from convplan._problem import DTYPES, Problem
@@ -51,10 +55,14 @@ ARBITRATED = 32  # places looked at where two candidates disagree
 
 
 class Values(NamedTuple):
-    """Reference at some positions: sums, and sums of magnitudes, both float64."""
+    """Reference at some positions: sums, sums of magnitudes, and of those that may be rounded in between, in float64.
+
+    With an epilogue the first are what it makes of the sums; the others are taken before its activation.
+    """
 
     sums: torch.Tensor
     magnitudes: torch.Tensor
+    rounded: torch.Tensor | None = None
 
 
 class Reference:
@@ -81,11 +89,29 @@ class Reference:
         if self.problem.op == "wgrad":
             return self._wgrad(positions)
         values = self._fprop(positions) if self.problem.op == "fprop" else self._dgrad(positions)
+        if not self.problem.epilogue.is_plain:
+            return self._with_epilogue(values, positions)
         bias = self._inputs.bias
         if bias is None:
             return values
         wide = bias.double()
         return Values(values.sums + wide, values.magnitudes + wide.abs())
+
+    def _with_epilogue(self, values: Values, positions: torch.Tensor) -> Values:
+        """What the epilogue makes of the convolution's values (P, channels)."""
+        epilogue, inputs = self.problem.epilogue, self._inputs
+        sums, magnitudes = values.sums, values.magnitudes
+        rounded = sums.abs()
+        if inputs.scale is not None:
+            sums, magnitudes = sums * inputs.scale.double(), magnitudes * inputs.scale.double().abs()
+            rounded = rounded * inputs.scale.double().abs() + sums.abs()
+        if inputs.residual is not None:
+            residual = epilogue.alpha * _picked(inputs.residual.movedim(1, -1), tuple(positions.unbind(1)))
+            sums, magnitudes = sums + residual, magnitudes + residual.abs()
+            rounded = rounded + sums.abs()
+        if inputs.bias is not None:
+            sums, magnitudes = sums + inputs.bias.double(), magnitudes + inputs.bias.double().abs()
+        return Values(_activated(sums, epilogue), magnitudes, rounded + sums.abs())
 
     def _fprop(self, positions: torch.Tensor) -> Values:
         p, groups = self.problem, self.problem.groups
@@ -164,6 +190,35 @@ class Reference:
         return channels * taps, 4 * p.n_terms * p.output.dims[1]
 
 
+def _activated(x: torch.Tensor, epilogue: Epilogue) -> torch.Tensor:
+    """The activation, from its definition."""
+    name, numbers = epilogue.activation, epilogue.parameters
+    if name in ("none", "relu"):
+        return x if name == "none" else x.clamp(min=0)
+    if name == "leaky_relu":
+        return torch.where(x > 0, x, numbers[0] * x)
+    if name == "clamp":
+        return x.clamp(*numbers)
+    if name == "gelu":
+        return 0.5 * x * (1 + torch.erf(x / math.sqrt(2)))
+    if name == "gelu_tanh":
+        return 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+    if name == "sigmoid":
+        return 1 / (1 + torch.exp(-x))
+    if name == "silu":
+        return x / (1 + torch.exp(-x))
+    if name == "tanh":
+        return torch.tanh(x)
+    if name == "hardswish":
+        return x * (x + 3).clamp(0, 6) / 6
+    if name == "elu":
+        return torch.where(x > 0, x, numbers[0] * torch.expm1(x.clamp(max=0)))
+    if name == "softplus":
+        beta, threshold = numbers
+        return torch.where(beta * x > threshold, x, torch.log1p(torch.exp((beta * x).clamp(max=threshold))) / beta)
+    raise AssertionError(f"convplan bug: no reference for activation {name!r}")
+
+
 def _span(tensor: torch.Tensor) -> int:
     return 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
 
@@ -218,7 +273,7 @@ class Verifier:
         self._device, self._seed = device, seed
         self._values: Values | None = None
         self._integers: tuple[Inputs, Values, torch.Tensor] | None = None
-        self._kept = [tensor.clone() for tensor in self.random if tensor is not None]
+        self._kept = [tensor.clone() for tensor in self.random.tensors()]
         self._last_out: torch.Tensor | None = None
         self._trusted: tuple[EngineConfig, Notes, torch.Tensor] | None = None
         self.condemned: dict[EngineConfig, str] = {}
@@ -257,10 +312,13 @@ class Verifier:
             self._integers = (inputs, values, values.magnitudes <= exact_limit(self.problem))
         inputs, values, exact = self._integers
         expected = values.sums
-        out = run(*inputs, None)
+        out = inputs.given_to(run)
         if self._last_out is not None and _shares_memory(out, self._last_out):
             raise self._wrong(config, "it handed out the memory of an earlier result again")
         found = self._pick(out, self._positions)
+        if not self.problem.epilogue.keeps_integers:
+            self._compare(config, Notes(), found, values, self._positions)
+            return True
         wrong = exact & (found != expected)
         if not bool(wrong.any()):
             return True
@@ -279,7 +337,7 @@ class Verifier:
         steps = zip(spec.dims, out.stride(), spec.strides, strict=True)
         if any(size > 1 and have != want for size, have, want in steps):
             raise self._wrong(config, f"output has strides {out.stride()}, expected {spec.strides}")
-        inputs = [tensor for tensor in self.random if tensor is not None]
+        inputs = self.random.tensors()
         if any(_shares_memory(out, tensor) for tensor in inputs):
             raise self._wrong(config, "its output is a view of an input")
         written = [
@@ -300,8 +358,8 @@ class Verifier:
 
     @property
     def _exact(self) -> bool:
-        """Nothing is rounded: the inputs are integers."""
-        return DTYPES[self.problem.dtype].is_integer
+        """Nothing is rounded: the inputs are integers, and stay so."""
+        return DTYPES[self.problem.dtype].is_integer and self.problem.epilogue.is_plain
 
     def _allowed(self, notes: Notes, values: Values) -> torch.Tensor:
         """How far off each output may be; zero where nothing is rounded."""
@@ -317,9 +375,15 @@ class Verifier:
         if self._tf32:
             share += 2.0 ** (1 - TF32_BITS)  # both factors of each product are cut
         magnitudes = values.magnitudes if notes.direct else values.magnitudes.max()
-        if self._device.type == "cuda" and self.random.bias is not None:
+        if self._device.type == "cuda" and values.rounded is None and self.random.bias is not None:
             # As in torch, the sum is rounded to the output's type before the bias is added to it.
             magnitudes = magnitudes + self.random.bias.double().abs() * (eps_out / share)
+        if values.rounded is not None:
+            # As in torch, each step may be rounded to the output's type before the next one.
+            magnitudes = magnitudes + values.rounded * (eps_out / share)
+            share *= self.problem.epilogue.slope
+        if DTYPES[self.problem.output_dtype].is_integer:
+            return 1.0 + share * magnitudes  # ties go either way
         smallest = torch.finfo(TORCH_DTYPES[self.problem.output_dtype]).tiny
         if DTYPES[self.problem.output_dtype].itemsize_bytes == 1:
             smallest *= eps_out  # nobody flushes the small numbers of fp8 to zero: there are too few others

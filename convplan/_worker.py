@@ -255,7 +255,7 @@ class _Worker:
         """One run into guarded memory, one into memory of the engine's, one on integers; each timed and compared."""
         run, config, notes = item.ready.run, item.candidate.config, item.candidate.notes
         place = self._bench.fresh_output()
-        first_us = self._launch(item, lambda: run(*self._bench.inputs, place))
+        first_us = self._launch(item, lambda: self._bench.inputs.given_to(run, place))
         # At once, while what is behind the output is still there to be compared with.
         spoilt = self._bench.trouble()
         if spoilt:
@@ -263,15 +263,15 @@ class _Worker:
         hopeless_us = max(FIRST_RUN_CUTOFF * best_us, FIRST_RUN_GRACE_US)
         if first_us > hopeless_us and (config.engine not in self._warm or first_us < SLOW_START_US):
             # An engine's first run in a process sets its library up, and a kernel's loads it, which is nobody's fault.
-            first_us = self._launch(item, lambda: run(*self._bench.inputs, place))
+            first_us = self._launch(item, lambda: self._bench.inputs.given_to(run, place))
         self._warm.add(config.engine)
         if first_us > hopeless_us:
             raise _Refused("measure", f"cut off: first run {first_us:.0f} us, best so far {best_us:.0f} us")
-        self._leave_if_far(item, first_us, best_us, lambda: run(*self._bench.inputs, place))
+        self._leave_if_far(item, first_us, best_us, lambda: self._bench.inputs.given_to(run, place))
         self._say("checking", CHECK_LIMIT_S)
         self._verifier.check(config, notes, _copy(place))
         outs: list[torch.Tensor] = []
-        again_us = self._launch(item, lambda: outs.append(run(*self._bench.inputs, None)))
+        again_us = self._launch(item, lambda: outs.append(self._bench.inputs.given_to(run)))
         self._say("checking", CHECK_LIMIT_S)
         item.error = round(self._verifier.check(config, notes, outs.pop()), 6)
         item.verified = self._verifier.scope

@@ -27,7 +27,8 @@ SEED = 20
 
 pytestmark = pytest.mark.filterwarnings("error")
 
-every_engine = pytest.mark.parametrize("name", registry.names())
+# What `composed` runs is an engine's plan of another problem: tests/test_composed.py.
+every_engine = pytest.mark.parametrize("name", [name for name in registry.names() if name != "composed"])
 every_dtype = pytest.mark.parametrize("dtype", DTYPE_NAMES)
 every_case = pytest.mark.parametrize(
     ("shape", "op"), [pytest.param(shape, op, id=f"{shape.id}-{op}") for shape, op in with_ops()]

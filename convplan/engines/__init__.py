@@ -13,12 +13,13 @@ from convplan.engines.base import Engine, Registry
 
 def _builtin() -> Iterable[Engine]:
     from convplan.engines.aten import AtenEngine
+    from convplan.engines.composed import ComposedEngine
     from convplan.engines.cudnn.engine import CudnnEngine
     from convplan.engines.fake import FakeEngine
     from convplan.engines.fft import FftEngine
     from convplan.engines.matmul import MatmulEngine
 
-    return (CudnnEngine(), AtenEngine(), MatmulEngine(), FftEngine(), FakeEngine())
+    return (CudnnEngine(), AtenEngine(), MatmulEngine(), FftEngine(), ComposedEngine(), FakeEngine())
 
 
 registry = Registry(_builtin)

@@ -31,10 +31,12 @@ MAX_NAME = 64  # characters
 FALLBACK, LAST_RESORT = "fallback", "last_resort"  # sources of candidates that come after all others, in this order
 SEARCHED = "search"  # the source of candidates that nobody proposed
 
-Run = Callable[["torch.Tensor", "torch.Tensor", "torch.Tensor | None", "torch.Tensor | None"], "torch.Tensor"]
+Run = Callable[..., "torch.Tensor"]
 """What a built candidate is: `run(first, second, bias, out)`, with the problem's two inputs in order.
 
-Returns a tensor with the dims and strides of `problem.output`: a new one, or `out` when that is given (any strides).
+For a problem whose epilogue is not plain it is called as `run(first, second, bias, out, residual, scale)`, with None
+for what the epilogue does not have. Returns a tensor with the dims and strides of `problem.output`: a new one, or `out`
+when that is given (any strides). `out` shares no memory with what is read.
 """
 
 
@@ -190,6 +192,8 @@ class Engine(Protocol):
     Attributes:
         name: lower-case, unique in the registry.
         by_default: False for engines that run only where a policy names them.
+        fuses: optional; True for engines that compute epilogues of more than a bias. The others are not asked about
+            problems that have one.
 
     `supports` and `configs` look at the problem alone, allocate nothing and are cheap. `build` may load libraries and
     compile; it raises `PlanRejected` for a configuration it refuses and `EngineUnavailable` when something is missing.
@@ -261,6 +265,13 @@ class Remakable(Protocol):
 
     def remake(self) -> tuple[str, bytes]:
         """`module:function` and bytes; the function makes an equal engine of those bytes."""
+
+
+def support(engine: Engine, problem: Problem) -> Support:
+    """An engine's answer to a problem, and no for epilogues that it does not say it knows of."""
+    if not (problem.epilogue.is_plain or getattr(engine, "fuses", False)):
+        return no(f"it fuses nothing with a convolution, and the problem has {problem.epilogue}")
+    return engine.supports(problem)
 
 
 def normalize_name(name: str) -> str:
