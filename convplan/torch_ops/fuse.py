@@ -2,7 +2,7 @@
 
 What is here walks the modules of a copy of the model, from the whole to its parts: what can be traced becomes a graph
 and is rewritten (`fuse_graphs`), what cannot is kept as it is and looked into. The modules that stand in the new model
-are in `fused`. A pass for `torch.compile`, which needs no tracing here, is in `kept`.
+are in `fused_modules`. A pass for `torch.compile`, which needs no tracing here, is in `kept`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from convplan._policy import Policy
 from convplan.report._table import table
 from convplan.torch_ops.fuse_graphs import Fused, Reader, Rewriting, Traced, traced
 from convplan.torch_ops.fuse_patterns import CONVOLUTIONS, is_touched, why_not
-from convplan.torch_ops.fused import FusedCall, FusedConv
+from convplan.torch_ops.fused_modules import FusedCall, FusedConv
 
 log = logging.getLogger("convplan.fuse")
 

@@ -19,7 +19,7 @@ from torch.fx import Graph, Node
 
 from convplan._policy import Policy
 from convplan.torch_ops import fuse_patterns as patterns
-from convplan.torch_ops.fused import Activation, FusedCall, FusedConv, Norm, Sum, folded
+from convplan.torch_ops.fused_modules import Activation, FusedCall, FusedConv, Norm, Sum, folded
 
 Tensor = torch.Tensor
 

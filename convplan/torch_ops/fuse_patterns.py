@@ -18,7 +18,7 @@ from torch.fx import Node
 
 from convplan._epilogue import Epilogue
 from convplan._errors import SpecError
-from convplan.torch_ops.fused import Activation, Geometry, Norm, Sum
+from convplan.torch_ops.fused_modules import Activation, Geometry, Norm, Sum
 
 Modules = Mapping[str, nn.Module]
 
