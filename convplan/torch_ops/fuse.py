@@ -69,8 +69,8 @@ def fuse(
 
     Args:
         model: in eval mode. What of it can be traced is rewritten; the rest is kept as it is.
-        example_inputs: what the model is called with: a tensor, a tuple of arguments, or a dictionary of named ones. The
-            new model is run with them once, and its report then says which sums had to be computed apart.
+        example_inputs: what the model is called with: a tensor, a tuple of arguments, or a dictionary of named ones.
+            The new model is run with them once, and its report then says which sums had to be computed apart.
         strict: run both models on example_inputs, and compare all that they return.
         policy: the rules for the convolutions; None: those of `enable()` at the time of each call, else the defaults.
 
@@ -327,5 +327,3 @@ def _compare_tensor(name: str, where: str, one: Tensor, other: Tensor) -> None:
             reason=f"{where} differs by {largest:.3g} at {place}: {float(mine[place]):.6g} fused, "
             f"{float(right[place]):.6g} in the model, expected at most {allowed:g} of the largest number, {size:.3g}",
         )
-
-

@@ -19,7 +19,8 @@ from torch.fx import Graph, Node
 
 from convplan._policy import Policy
 from convplan.torch_ops import fuse_patterns as patterns
-from convplan.torch_ops.fused_modules import Activation, FusedCall, FusedConv, Norm, Sum, folded
+from convplan.torch_ops.activations import Resolved
+from convplan.torch_ops.fused_modules import FusedCall, FusedConv, Norm, Sum, folded
 
 Tensor = torch.Tensor
 
@@ -45,6 +46,7 @@ class Reader(fx.Tracer):
     """Traces the code of graphs that `fuse` made, when they are unpickled."""
 
     def create_arg(self, a: Any) -> Any:
+        """What a node takes for an argument."""
         if type(a) is OrderedDict:  # which torch would make a plain dictionary of
             pairs = [(key, self.create_arg(value)) for key, value in a.items()]
             return self.create_node("call_function", OrderedDict, (pairs,), {})
@@ -218,7 +220,7 @@ class Chain(NamedTuple):
     norm: Norm | None = None
     sum: Sum | None = None
     residual: Node | None = None
-    activation: Activation | None = None
+    activation: Resolved | None = None
     names: tuple[str, ...] = ()
 
 
@@ -407,7 +409,7 @@ class Rewriting:
             reasons.append(found)
         activation = patterns.activation_of(user, self._modules)
         if not isinstance(activation, str):
-            return chain._replace(nodes=nodes, activation=activation, names=(*chain.names, activation[0]))
+            return chain._replace(nodes=nodes, activation=activation, names=(*chain.names, activation.name))
         return next(filter(None, [*reasons, activation]), f"then {self._named(user)}")
 
     def _named(self, node: Node) -> str:
@@ -444,7 +446,7 @@ class Rewriting:
             return None
         owner, _, name = str(node.target).rpartition(".")
         holder = self._module.get_submodule(owner)
-        held = holder._parameters.get(name)
+        held: Tensor | None = holder._parameters.get(name)
         held = holder._buffers.get(name) if held is None else held
         plain = held is not None and type(held) in (Tensor, nn.Parameter)
         return held if plain and not patterns.is_touched(holder) else None

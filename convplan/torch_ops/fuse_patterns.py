@@ -16,9 +16,9 @@ import torch.nn.functional as F
 from torch import nn
 from torch.fx import Node
 
-from convplan._epilogue import Epilogue
 from convplan._errors import SpecError
-from convplan.torch_ops.fused_modules import Activation, Geometry, Norm, Sum
+from convplan.torch_ops.activations import Resolved, resolve
+from convplan.torch_ops.fused_modules import Geometry, Norm, Sum
 
 Modules = Mapping[str, nn.Module]
 
@@ -32,8 +32,8 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _MODULES: dict[type[nn.Module], tuple[str, tuple[str, ...]]] = {
     nn.ReLU: ("relu", ()),
     nn.LeakyReLU: ("leaky_relu", ("negative_slope",)),
-    nn.ReLU6: ("clamp", ("min_val", "max_val")),
-    nn.Hardtanh: ("clamp", ("min_val", "max_val")),
+    nn.ReLU6: ("hardtanh", ("min_val", "max_val")),
+    nn.Hardtanh: ("hardtanh", ("min_val", "max_val")),
     nn.SiLU: ("silu", ()),
     nn.Sigmoid: ("sigmoid", ()),
     nn.Tanh: ("tanh", ()),
@@ -45,7 +45,7 @@ _MODULES: dict[type[nn.Module], tuple[str, tuple[str, ...]]] = {
 # Functions and methods: name of the activation, and its parameters' names and defaults in the order of arguments.
 _Signature = tuple[str, tuple[tuple[str, float], ...]]
 _SLOPE = ("leaky_relu", (("negative_slope", 0.01),))
-_BOUNDS = ("clamp", (("min_val", -1.0), ("max_val", 1.0)))
+_BOUNDS = ("hardtanh", (("min_val", -1.0), ("max_val", 1.0)))
 _CLAMP = ("clamp", (("min", math.nan), ("max", math.nan)))
 _SIX: _Signature = ("relu6", ())
 _ELU = ("elu", (("alpha", 1.0),))
@@ -263,8 +263,8 @@ def sum_of(node: Node, result: Node) -> tuple[Sum, Node] | str:
     return Sum(1.0, convolution_first=False, in_place=in_place), first
 
 
-def activation_of(node: Node, modules: Modules) -> Activation | str:
-    """The activation that a node computes, by name and parameters; or why it is none that plans compute."""
+def activation_of(node: Node, modules: Modules) -> Resolved | str:
+    """The activation that a node computes, or why it is none that plans compute."""
     module = called(node, modules)
     found: tuple[str, tuple[Any, ...]] | None = None
     if module is not None:
@@ -289,10 +289,9 @@ def activation_of(node: Node, modules: Modules) -> Activation | str:
     if found is None:
         return ""
     try:
-        whole = Epilogue(activation=found[0], parameters=found[1])
+        return resolve((found[0], *found[1]))
     except SpecError as exc:
         return str(exc)
-    return whole.activation, whole.parameters
 
 
 def _gelu(approximate: str) -> tuple[str, tuple[Any, ...]]:

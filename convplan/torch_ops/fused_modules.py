@@ -7,41 +7,26 @@ dtype and layout, without which the sum is computed apart, as the model had it. 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from convplan._errors import SpecError
 from convplan._policy import Policy
+from convplan._problem import normalize_strides
 from convplan.torch_ops import functional
+from convplan.torch_ops.activations import Resolved
 from convplan.torch_ops.adapter import DTYPE_NAMES, ConvArgs, output_strides
-from convplan.torch_ops.functional import _arguments
+from convplan.torch_ops.arguments import Padding, arguments
 from convplan.torch_ops.library import result_dims
 
 Tensor = torch.Tensor
-Activation = tuple[str, tuple[float, ...]]
 
 _any_autocast = torch._C._is_any_autocast_enabled
 _is_compiling = torch.compiler.is_compiling
 
 MOST_SHAPES = 256  # remembered by one module; inputs may come in shapes without end
-
-# Torch's own, for a sum that is computed apart; by the names of an epilogue.
-TORCHS: dict[str, Callable[..., Tensor]] = {
-    "relu": torch.relu,
-    "leaky_relu": F.leaky_relu,
-    "clamp": F.hardtanh,
-    "gelu": F.gelu,
-    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
-    "silu": F.silu,
-    "sigmoid": torch.sigmoid,
-    "tanh": torch.tanh,
-    "hardswish": F.hardswish,
-    "elu": F.elu,
-    "softplus": F.softplus,
-}
 
 
 class Sum(NamedTuple):
@@ -78,7 +63,7 @@ class Geometry(NamedTuple):
 
     spatial: int
     stride: tuple[int, ...]
-    padding: tuple[int, ...] | str
+    padding: Padding
     dilation: tuple[int, ...]
     transposed: bool
     output_padding: tuple[int, ...]
@@ -91,7 +76,7 @@ class Geometry(NamedTuple):
             SpecError: numbers that have no meaning.
         """
         _, stride, padding, dilation, transposed, outer, groups = self
-        return _arguments(self.spatial, weight, stride, padding, dilation, transposed, outer, groups)
+        return arguments(self.spatial, weight, stride, padding, dilation, transposed, outer, groups)
 
 
 class FusedCall(nn.Module):
@@ -100,7 +85,7 @@ class FusedCall(nn.Module):
     Args:
         geometry: of the convolution.
         sum: how something is added to its result; None: nothing is.
-        activation: name and parameters as of an `Epilogue`; None: none.
+        activation: computed last; None: none.
         policy: as of `convplan.conv2d`.
     """
 
@@ -110,7 +95,7 @@ class FusedCall(nn.Module):
         self,
         geometry: Geometry,
         sum: Sum | None = None,
-        activation: Activation | None = None,
+        activation: Resolved | None = None,
         policy: Policy | None = None,
     ) -> None:
         super().__init__()
@@ -138,7 +123,7 @@ class FusedCall(nn.Module):
         return {k: v for k, v in self.__dict__.items() if k not in ("_function", "_named", "_fused", "_fits")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
         self._ready()
 
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
@@ -153,24 +138,22 @@ class FusedCall(nn.Module):
 
     def _keeps_dtype(self, x: Tensor) -> bool:
         """Whether what follows is computed in the convolution's dtype under autocast, which casts for softplus."""
-        return self.activation is None or self.activation[0] != "softplus" or not _autocasts(x)
+        return self.activation is None or self.activation.name != "softplus" or not _autocasts(x)
 
     def _apart(self, x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
         """As the model computed it: a convolution, a sum, an activation."""
         result = self._function(x, weight, bias, **self._named)
         if self.sum is not None:
             result = self.sum.of(result, residual)
-        if self.activation is None:
-            return result
-        name, parameters = self.activation
-        return TORCHS[name](result, *parameters)
+        return result if self.activation is None else self.activation.of(result)
 
     def _takes(self, x: Tensor, weight: Tensor, residual: Tensor) -> bool:
-        """Whether the residual is what a plan can add: the result's shape, dtype, device and layout."""
-        if not isinstance(residual, Tensor):
+        """Whether the residual is what a plan can add: the result's shape, dtype, device and layout.
+
+        To a compiler that is not known, and it fuses sums by itself.
+        """
+        if _is_compiling() or not isinstance(residual, Tensor):
             return False
-        if _is_compiling():
-            return self._matches(x, weight, residual)
         try:
             key = (
                 x.shape, x.stride(), x.dtype, weight.shape, weight.stride(), residual.shape, residual.stride(),
@@ -198,7 +181,8 @@ class FusedCall(nn.Module):
             strides = output_strides(dims, x, weight, args)
         except SpecError:  # the convolution's own call says what is wrong
             return False
-        return tuple(residual.shape) == dims and residual.stride() == tuple(strides)
+        own = normalize_strides(dims, residual.stride()) if tuple(residual.shape) == dims else None
+        return own == normalize_strides(dims, strides)
 
     @property
     def sums_apart(self) -> bool:
@@ -212,7 +196,7 @@ class FusedCall(nn.Module):
         given += [f"groups={self.geometry.groups}"] if self.geometry.groups != 1 else []
         given += [f"transposed={True}"] if self.geometry.transposed else []
         given += ["residual" if self.sum.alpha == 1 else f"{self.sum.alpha:g} * residual"] if self.sum else []
-        given += [self.activation[0]] if self.activation else []
+        given += [self.activation.name] if self.activation else []
         return ", ".join(given)
 
 
@@ -225,13 +209,15 @@ class FusedConv(FusedCall):
         sum, activation, policy: as of `FusedCall`.
     """
 
+    bias: nn.Parameter | None
+
     def __init__(
         self,
         conv: nn.Module,
         weight: nn.Parameter,
         bias: nn.Parameter | None,
         sum: Sum | None = None,
-        activation: Activation | None = None,
+        activation: Resolved | None = None,
         policy: Policy | None = None,
     ) -> None:
         super().__init__(geometry_of(conv), sum, activation, policy)
@@ -256,7 +242,7 @@ def geometry_of(conv: Any) -> Geometry:
     """What one of torch's convolution modules is told beside tensors."""
     return Geometry(
         spatial=len(conv.kernel_size), stride=tuple(conv.stride),
-        padding=conv.padding if isinstance(conv.padding, str) else tuple(conv.padding), dilation=tuple(conv.dilation),
+        padding=cast(Padding, conv.padding), dilation=tuple(conv.dilation),
         transposed=conv.transposed, output_padding=tuple(conv.output_padding), groups=conv.groups,
     )  # fmt: skip
 
