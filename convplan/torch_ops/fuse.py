@@ -131,10 +131,16 @@ def _copied(model: nn.Module) -> nn.Module:
 
 
 class FusedGraph(fx.GraphModule):
-    """A graph module that keeps its report when it is copied or pickled."""
+    """A graph module in eval mode that keeps its report when it is copied or pickled."""
+
+    def _settle(self) -> None:
+        for one in self.modules():
+            if one is self or type(one) is nn.Module:  # which graph modules make anew, to hold others
+                one.training = False
 
     def __deepcopy__(self, memo: dict[int, Any]) -> fx.GraphModule:
-        new = super().__deepcopy__(memo)
+        new: FusedGraph = super().__deepcopy__(memo)  # type: ignore[assignment]
+        new._settle()
         if "fusion_report" in self.__dict__:
             new.fusion_report = self.fusion_report
         return new
@@ -147,7 +153,7 @@ class FusedGraph(fx.GraphModule):
 def _rebuilt(rebuild: Callable[..., fx.GraphModule], held: dict[str, Any], imports: str) -> FusedGraph:
     plain = rebuild(held, imports)
     new = FusedGraph(plain, plain.graph, plain.__class__.__name__)
-    new.training = plain.training
+    new._settle()
     if "fusion_report" in held:
         new.fusion_report = held["fusion_report"]
     return new
@@ -237,10 +243,7 @@ class _Walk:
         self.found_any = self.found_any or bool(rows)
         found.graph._tracer_cls = Reader
         new = FusedGraph(module, found.graph, type(module).__name__)
-        for one in new.modules():
-            if type(one) is nn.Module:  # what a graph module makes to hold others
-                one.training = False
-        new.training = False
+        new._settle()
         return new
 
     def _barred(self, module: nn.Module) -> str:

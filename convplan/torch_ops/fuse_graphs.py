@@ -35,18 +35,39 @@ class Untraceable(Exception):
 class _Proxy(fx.Proxy):
     """Says that it is a tensor where it must be one."""
 
-    _is_param = False  # which torch asks of whatever says that it is a tensor
+    _is_param = _is_buffer = False  # which torch asks of whatever says that it is a tensor
 
     @property  # type: ignore[misc]
     def __class__(self) -> type:
         return Tensor if self.tracer.yields_tensor(self.node) else _Proxy  # type: ignore[attr-defined]
 
 
+def _noted(write: Callable[[Any, Any], Any]) -> Callable[[fx.Proxy, Any], fx.Proxy]:
+    def method(self: fx.Proxy, other: Any) -> fx.Proxy:
+        return self.tracer.create_proxy("call_function", write, (self, other), {})
+
+    return method
+
+
+for _write in patterns.IN_PLACE:
+    setattr(_Proxy, f"__{_write.__name__}__", _noted(_write))
+
+
 class Reader(fx.Tracer):
     """Traces the code of graphs that `fuse` made, when they are unpickled."""
 
+    def proxy(self, node: Node) -> fx.Proxy:
+        """What stands for a node's result."""
+        return _Proxy(node, self)
+
+    def yields_tensor(self, node: Node) -> bool:
+        """Whether a node yields a tensor for sure."""
+        return False
+
     def create_arg(self, a: Any) -> Any:
         """What a node takes for an argument."""
+        if issubclass(type(a), fx.Proxy):  # its class may say otherwise
+            return a.node
         if type(a) is OrderedDict:  # which torch would make a plain dictionary of
             pairs = [(key, self.create_arg(value)) for key, value in a.items()]
             return self.create_node("call_function", OrderedDict, (pairs,), {})
@@ -67,7 +88,7 @@ class _Tracer(Reader):
         self.blamed: nn.Module | None = None
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return self._keep(m) or super().is_leaf_module(m, module_qualified_name)
+        return self._keep(m) or patterns.computes_plainly(m) or super().is_leaf_module(m, module_qualified_name)
 
     def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         try:
@@ -76,11 +97,7 @@ class _Tracer(Reader):
             self.blamed = self.blamed or m
             raise
 
-    def proxy(self, node: Node) -> fx.Proxy:
-        return _Proxy(node, self)
-
     def yields_tensor(self, node: Node) -> bool:
-        """Whether a node yields a tensor for sure."""
         if node.op == "placeholder":
             if not self._is_model:
                 raise Untraceable(f"it asks what kind of thing {node.target!r} is")
@@ -90,7 +107,7 @@ class _Tracer(Reader):
         return type(self.root.get_submodule(str(node.target))).__module__.startswith("torch.nn.modules")
 
     def create_arg(self, a: Any) -> Any:
-        if issubclass(type(a), fx.Proxy):  # its class says otherwise
+        if issubclass(type(a), fx.Proxy):
             return a.node
         if isinstance(a, (dict, list)) and type(a) not in (dict, list, OrderedDict):
             raise Untraceable(f"it makes a {type(a).__name__}")
@@ -427,7 +444,7 @@ class Rewriting:
         before = set(_between(self._graph, None, node))
         seen = any(user not in before or not patterns.is_fresh(user, self._modules) for user in others)
         if seen or not patterns.is_fresh(residual, self._modules):
-            return f"the sum writes into {residual.name}"
+            return f"the sum writes into {residual.target if residual.op == 'call_module' else residual.name}"
         return ""
 
     def _written_between(self, chain: Chain) -> str:

@@ -1,7 +1,7 @@
 """What the nodes of a traced graph are to `fuse`: convolutions, batch norms, sums, activations, writes in place.
 
-Tables and questions about one node; nothing here changes a graph. Modules count by their very class: a subclass may
-compute anything.
+Tables and questions about one node; nothing here changes a graph. Modules count by their very class, as a subclass may
+compute anything; only convolutions count by what they run.
 """
 
 from __future__ import annotations
@@ -27,6 +27,23 @@ _aten = torch.ops.aten
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+
+def _writer(write: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
+    def function(first: Any, second: Any) -> Any:
+        return write(first, second)
+
+    function.__name__ = function.__qualname__ = write.__name__
+    return function
+
+
+# `a += b` and the like in a graph. Torch would trace `a = a + b`, and the code it makes of `operator.iadd` gives `a`
+# another value where that is a number. Each is found by its name in this module when a graph is unpickled.
+iadd, isub, imul, itruediv = map(_writer, (operator.iadd, operator.isub, operator.imul, operator.itruediv))
+ifloordiv, imod, ipow = map(_writer, (operator.ifloordiv, operator.imod, operator.ipow))
+iand, ior, ixor = map(_writer, (operator.iand, operator.ior, operator.ixor))
+IN_PLACE = (iadd, isub, imul, itruediv, ifloordiv, imod, ipow, iand, ior, ixor)
 
 # Modules: class, the activation's name, and the attributes that hold its parameters.
 _MODULES: dict[type[nn.Module], tuple[str, tuple[str, ...]]] = {
@@ -77,7 +94,7 @@ _FUNCTIONS: dict[object, _Signature] = {
     **dict.fromkeys((_aten.softplus.default,), _SOFTPLUS),
 }
 
-_IN_PLACE_SUMS = (operator.iadd, "add_", _aten.add_.Tensor)
+_IN_PLACE_SUMS = (iadd, operator.iadd, "add_", _aten.add_.Tensor)
 _SUMS = (operator.add, torch.add, "add", "__add__", _aten.add.Tensor, *_IN_PLACE_SUMS)
 _CALLS: dict[object, tuple[int, bool]] = {
     **dict.fromkeys((F.conv1d, torch.conv1d, _aten.conv1d.default, _aten.conv1d.padding), (1, False)),
@@ -96,8 +113,8 @@ _FRESH = (
 )  # fmt: skip
 _FRESH_FUNCTIONS = (operator.add, operator.sub, operator.mul, torch.add, torch.mul, torch.cat, *_CALLS, *_BATCH_NORMS)
 _WRITERS = (
-    operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.ifloordiv, operator.imod, operator.ipow,
-    operator.iand, operator.ior, operator.ixor, operator.setitem,
+    *IN_PLACE, operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.ifloordiv, operator.imod,
+    operator.ipow, operator.iand, operator.ior, operator.ixor, operator.setitem,
 )  # fmt: skip
 
 
@@ -116,9 +133,16 @@ def is_touched(module: nn.Module) -> str:
     return ""
 
 
+def computes_plainly(module: nn.Module) -> bool:
+    """Whether a module is one of torch's convolutions, or of a class that adds nothing to what it computes."""
+    kind = next((kind for kind in CONVOLUTIONS if isinstance(module, kind)), None)
+    names = ("forward", "_conv_forward", "_output_padding", "__getattr__", "__getattribute__")
+    return kind is not None and all(getattr(type(module), n, None) is getattr(kind, n, None) for n in names)
+
+
 def why_not(conv: nn.Module) -> str:
     """Why a convolution module is left as it is; empty where it is one to plan for."""
-    if type(conv) not in CONVOLUTIONS:
+    if not computes_plainly(conv):
         return f"is a {type(conv).__name__}, which may compute anything"
     touched = is_touched(conv)
     if touched:
