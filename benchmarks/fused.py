@@ -31,8 +31,8 @@ WARM = """
 import json, sys, time
 begin = time.perf_counter()
 import convplan
-for line in json.load(sys.stdin):
-    convplan.plan(convplan.Problem.parse(line), convplan.Policy(allow_tf32=True)).build()
+for line, tf32 in json.load(sys.stdin):
+    convplan.plan(convplan.Problem.parse(line), convplan.Policy(allow_tf32=tf32)).build()
 stats = convplan.stats()
 names = ("tuned", "compiled", "from_store", "restored")
 print(json.dumps({"seconds": time.perf_counter() - begin, **{name: stats[name] for name in names}}))
@@ -63,7 +63,7 @@ def run(options: argparse.Namespace) -> None:
 
     begin = time.perf_counter()
     raw: dict[str, Any] = {"commit": commit(), "rows": [], "failures": [], "not_reached": []}
-    policy = Policy(allow_tf32=True)
+    policy = Policy()
     with Bench(policy, BenchOptions(seconds=options.seconds)) as bench:
         for named in forward_problems(options):
             if time.perf_counter() - begin > options.limit_s:
@@ -77,10 +77,17 @@ def run(options: argparse.Namespace) -> None:
                 fused, failures = bench.compare(with_it)
                 raw["failures"] += plain(failures)
                 if fused is not None:
-                    raw["rows"].append({"epilogue": text, "fused": plain(fused), "alone": plain(alone)})
+                    raw["rows"].append(
+                        {
+                            "epilogue": text,
+                            "allow_tf32": named.policy(policy).allow_tf32,
+                            "fused": plain(fused),
+                            "alone": plain(alone),
+                        }
+                    )
             raw["environments"] = sorted(bench.environments)
             write(options, raw)
-    lines = [row["fused"]["problem"] for row in raw["rows"]]
+    lines = [(row["fused"]["problem"], row["allow_tf32"]) for row in raw["rows"]]
     done = subprocess.run(
         [sys.executable, "-c", WARM], input=json.dumps(lines), capture_output=True, text=True, check=False
     )
@@ -123,8 +130,8 @@ def table(raw: dict[str, Any]) -> str:
         f"To reach: {GOALS}.",
         "",
         f"{len(rows)} problems: geometric mean {mean:.3f} times as fast as eager torch, "
-        f"{geometric_mean(alone):.3f} times as long as the convolution alone (worst {max(alone, default=0):.2f}); planning took "
-        f"{max(planned, default=0):.1f} s at most.",
+        f"{geometric_mean(alone):.3f} times as long as the convolution alone (worst {max(alone, default=0):.2f}); "
+        f"planning took {max(planned, default=0):.1f} s at most.",
         f"Again in a new process, from the store: {raw.get('warm', 'not reached')}.",
         "",
         "| problem | eager torch us | ± | convplan us | ± | eager / convplan | convolution alone us | fused / alone "

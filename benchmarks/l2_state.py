@@ -25,7 +25,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import convplan
-from convplan import Policy, _runtime
+from convplan import Policy, _choices
 from convplan._problem import Problem
 
 HERE = Path(__file__).parent
@@ -129,14 +129,14 @@ def look_at(step: Callable[[], None], budget_s: float) -> dict[str, Any]:
 def in_order(step: Callable[[], None]) -> list[list[Problem]]:
     """What each convolution of a step asks for."""
     watch = Watch()
-    _runtime.state.captures = (watch.observe,)
-    _runtime.state.touch()
+    _choices.state.captures = (watch.observe,)
+    _choices.state.touch()
     try:
         with convplan.enabled(Policy(effort="instant")), watch:
             step()
     finally:
-        _runtime.state.captures = ()
-        _runtime.state.touch()
+        _choices.state.captures = ()
+        _choices.state.touch()
     return watch.problems
 
 

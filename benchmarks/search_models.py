@@ -203,7 +203,8 @@ def stream_regrets(
 ) -> list[dict[str, Any]]:
     """For one layer of each of some images from the stream's second half: its choice against the best there is."""
     import convplan
-    from convplan import _environment, _runtime
+    from convplan import _environment
+    from convplan._choices import known
     from convplan._regret import regret_of, tunings
 
     wanted = policy(options).resolve()
@@ -214,7 +215,7 @@ def stream_regrets(
             run(size)
         problem = asked[(7 * number) % len(asked)]
         environment = _environment.current(problem.device)
-        choice = _runtime._choices.get(problem, wanted, environment).record
+        choice = known.choices.get(problem, wanted, environment).record
         if choice is None:
             rows.append({"problem": str(problem), "regret": None})
             continue

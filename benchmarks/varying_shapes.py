@@ -33,7 +33,7 @@ import torch
 from torch import Tensor, nn
 
 import convplan
-from convplan import Policy, Problem, _environment, _runtime
+from convplan import Policy, Problem, _counts, _deciding, _environment, _runtime
 from convplan._planner import plan_problem
 
 Size = tuple[int, int]
@@ -138,7 +138,7 @@ def _forward(model: nn.Module, size: Size, device: str) -> Callable[[], float]:
 def _one_pass(model: nn.Module, stream: Sequence[Size], device: str, policy: Policy) -> dict[str, Any]:
     """Every image through both sides; seconds of each."""
     convplan.stats(reset=True)
-    tuned_before_s = _runtime.counts.tuning_s
+    tuned_before_s = _counts.counts.tuning_s
     stock_s, ours_s = [], []
     for number, size in enumerate(stream):
         forward = _forward(model, size, device)
@@ -160,7 +160,7 @@ def _one_pass(model: nn.Module, stream: Sequence[Size], device: str, policy: Pol
         "convplan_after_a_tenth_s": sum(ours_s[tenth:]),
         "stock_median_ms": statistics.median(stock_s) * 1e3,
         "convplan_median_ms": statistics.median(ours_s) * 1e3,
-        "tuning_s": _runtime.counts.tuning_s - tuned_before_s,
+        "tuning_s": _counts.counts.tuning_s - tuned_before_s,
         "stats": convplan.stats(),
         "stock_ms": [round(1e3 * value, 3) for value in stock_s],
         "convplan_ms": [round(1e3 * value, 3) for value in ours_s],
@@ -190,7 +190,7 @@ def _regret(model: nn.Module, stream: Sequence[Size], device: str, policy: Polic
 
 
 def _layer_regret(problem: Problem, policy: Policy) -> dict[str, Any]:
-    ran = _runtime.decide(problem, policy)[1]
+    ran = _deciding.decide(problem, policy)[1]
     resolved = policy.resolve()
     full = plan_problem(problem, resolved, _environment.current(problem.device), effort="measure")
     times = {one.config: one.median_us for one in full.ranking}

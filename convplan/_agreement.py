@@ -7,7 +7,7 @@ Two kinds of plans are agreed on, and for each the first that is published stays
 
 Rows on the board come from strangers and go through the same checks as those of a store. One that cannot be believed,
 or used, counts as not there: whoever meets it goes on to the next place under the same name, and so do all others to
-whom it looks the same. The board itself is `_ranks`; building plans and counting sightings is `_runtime`'s business.
+whom it looks the same. The board itself is `_ranks`; building plans and counting sightings is `_deciding`'s business.
 """
 
 from __future__ import annotations

@@ -8,8 +8,11 @@ from typing import TYPE_CHECKING, overload
 
 import msgspec
 
-from convplan import _ranges, _runtime
+from convplan import _ranges
 from convplan._agreement import start_of
+from convplan._choices import known, state
+from convplan._counts import counts
+from convplan._deciding import adopt
 from convplan._errors import SpecError
 from convplan._plan import PlanRecord
 from convplan._policy import Policy
@@ -25,6 +28,7 @@ from convplan._problem import (
     padding_pairs,
     per_dim,
 )
+from convplan._runtime import check_policy
 
 if TYPE_CHECKING:
     import torch
@@ -149,12 +153,12 @@ def plan(problem: Problem, policy: Policy | None = None) -> PlanRecord:
         ReplayMiss: replay mode, and the store has no such plan.
         PolicyError: the policy names an unknown engine. SpecError: the problem is empty.
     """
-    record, _ = _runtime.adopt(_checked(problem), _policy(policy))
+    record, _ = adopt(_checked(problem), _policy(policy))
     return record
 
 
 def _policy(policy: Policy | None) -> Policy:
-    return _runtime.check_policy(_runtime.state.policy if policy is None else policy)
+    return check_policy(state.policy if policy is None else policy)
 
 
 def _checked(problem: Problem) -> Problem:
@@ -250,7 +254,7 @@ def tune(
     if progress is not None:
         progress(0, len(found), None)
     for done, place in enumerate((*range(first, len(found)), *range(first)), start=1):
-        record, _ = _runtime.adopt(_checked(found[place]), wanted, force=force)
+        record, _ = adopt(_checked(found[place]), wanted, force=force)
         records[place] = record
         if progress is not None:
             progress(done, len(found), record)
@@ -307,8 +311,8 @@ def stats(reset: bool = False) -> Stats:
         nothing, and plans that failed while running. left_to_torch: misses for which convplan does not plan, such
         as those of integers. capture_misses: problems met in a CUDA graph's capture without a plan.
     """
-    counters, spent_s = _runtime.counts.read(reset)
-    return Stats(counters, **spent_s, engines=_runtime._choices.engines())
+    counters, spent_s = counts.read(reset)
+    return Stats(counters, **spent_s, engines=known.choices.engines())
 
 
 class _Profiling:
@@ -344,4 +348,4 @@ def profiling(on: bool = True) -> AbstractContextManager[None]:
 def _switch_ranges(on: bool) -> None:
     if _ranges.switch.on != on:
         _ranges.switch.on = on
-        _runtime.state.touch()  # every caller binds its plan anew
+        state.touch()  # every caller binds its plan anew

@@ -1,7 +1,7 @@
 """Nearest shapes: which tuned problems differ from a new one in batch and spatial sizes only, and what they foretell.
 
 Pure data and arithmetic: problems and records come in, an order of configurations goes out. Whether one of them may run
-and builds is the planner's business, when to tune is `_runtime`'s.
+and builds is the planner's business, when to tune is `_deciding`'s.
 
 Sizes are compared as logarithms to the base of two, since times and the number of tiles go with ratios: a distance of 1
 is a factor of two in work.

@@ -5,7 +5,7 @@ and ranks, and `_search` takes over for effort `exhaustive`. No stage calls back
 what is known of a problem's relatives, is `_relatives`.
 
 Planning works on tensors of its own and frees them; the caller's are never touched. Remembering is the caller's last
-step: the store is handed in by `_runtime`, and nothing here knows how it works.
+step: the store is handed in by `_deciding`, and nothing here knows how it works.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Plans for a problem met first, by what was measured for its relatives: the short way past the stages.
 
 Which relatives are near and what their records foretell is `_nearest`'s; finding them in memory and in the store, and
-what happens when none helps, is `_runtime`'s.
+what happens when none helps, is `_deciding`'s.
 """
 
 from __future__ import annotations

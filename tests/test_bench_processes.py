@@ -205,14 +205,14 @@ def test_stock_torch_is_never_run_by_convplan() -> None:
 
 
 def test_convplan_side_is_switched_off_between_problems() -> None:
-    from convplan import _runtime
+    from convplan import _choices
 
     program = Program("convplan")
     program.answer(prepare(named()))
-    assert _runtime.state.enabled
+    assert _choices.state.enabled
     refused = program.answer(prepare(named(dtype="float16", device="cuda")))
     assert isinstance(refused, Failed)
-    assert not _runtime.state.enabled
+    assert not _choices.state.enabled
 
 
 def test_both_sides_compute_with_the_same_numbers() -> None:

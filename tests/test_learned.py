@@ -15,7 +15,7 @@ from helpers.fresh import fresh_process, registered
 from helpers.plans import ELSEWHERE, HERE, hear, problem, record, run_python, say, start_python
 
 import convplan
-from convplan import _database, _environment, _errata_files, _runtime, _snapshot, _sqlite, _store_tables
+from convplan import _database, _deciding, _environment, _errata_files, _runtime, _snapshot, _sqlite, _store_tables
 from convplan._environment import PROBE_FAILED, Environment
 from convplan._epilogue import Epilogue
 from convplan._errata_files import export_errata, import_errata
@@ -463,7 +463,7 @@ def test_what_planning_learned_is_not_run_again(mine: FakeEngine) -> None:
         (learned,) = store.errata()
     assert (learned.config, learned.kind, learned.seen) == (bad.config, "wrong", 1)
     _runtime.forget()  # as in another process
-    again, planned = _runtime.adopt(PROBLEM, MINE, force=True)
+    again, planned = _deciding.adopt(PROBLEM, MINE, force=True)
     assert planned
     (dropped,) = again.rejected
     assert (dropped.config, dropped.rejected) == (bad.config, "filter")
@@ -476,7 +476,7 @@ def test_what_planning_learned_is_not_run_again(mine: FakeEngine) -> None:
         assert [one.seen for one in store.errata()] == [1, 1]
         store.forget_errata()
     _runtime.forget()
-    again, _ = _runtime.adopt(PROBLEM, MINE, force=True)
+    again, _ = _deciding.adopt(PROBLEM, MINE, force=True)
     assert [one.rejected for one in again.rejected] == ["verify"], "forgotten, and so tried again"
 
 

@@ -23,7 +23,7 @@ from helpers.fresh import fresh_process
 from helpers.scaling import Law, OwnClock, ScalingEngine, work
 
 import convplan
-from convplan import Evidence, NoPlan, Policy, Problem, TensorSpec, _environment, _ranks, _runtime
+from convplan import Evidence, NoPlan, Policy, Problem, TensorSpec, _counts, _deciding, _environment, _ranks, _runtime
 from convplan._nearest import (
     MOST_LIKELY,
     MOST_RELATIVES,
@@ -369,7 +369,7 @@ UNTUNED, TUNED, SECOND = 0, 1, 2
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> VirtualClock:
     virtual = OwnClock()
-    monkeypatch.setattr(_runtime, "find_plans", functools.partial(find_plans, clock=virtual))
+    monkeypatch.setattr(_deciding, "find_plans", functools.partial(find_plans, clock=virtual))
     return virtual
 
 
@@ -476,7 +476,7 @@ def test_a_last_resort_stays_one_and_does_not_stand_alone(engine: ScalingEngine)
 
 
 def decide(problem: Problem, **changes: Any) -> PlanRecord:
-    return _runtime.decide(problem, rules(**changes))[1]
+    return _deciding.decide(problem, rules(**changes))[1]
 
 
 def tune(*problems: Problem) -> None:
@@ -625,8 +625,8 @@ def test_a_deterministic_policy_has_no_relatives(engine: ScalingEngine, restart:
     if restart:
         _runtime.forget()
     for size in range(33, 80):
-        assert _runtime.decide(conv(size), policy)[1].config.knob("index") == UNTUNED
-    assert _runtime.decide(conv(32), policy)[1].config.knob("index") == TUNED
+        assert _deciding.decide(conv(size), policy)[1].config.knob("index") == UNTUNED
+    assert _deciding.decide(conv(32), policy)[1].config.knob("index") == TUNED
     assert convplan.stats()["tuned"] == 1
 
 
@@ -663,28 +663,28 @@ def test_families_take_no_more_than_their_share_of_the_time(
     def tuned_sizes(sizes: range) -> int:
         return [decide(conv(size)).effort for size in sizes].count("measure")
 
-    monkeypatch.setattr(_runtime.counts, "families_s", 0.0)
-    monkeypatch.setattr(_runtime, "FAMILIES_SHARE", 1e-9)
+    monkeypatch.setattr(_counts.counts, "families_s", 0.0)
+    monkeypatch.setattr(_deciding, "FAMILIES_SHARE", 1e-9)
     assert tuned_sizes(range(20, 200)) == 1, "the first of them is always within it"
-    monkeypatch.setattr(_runtime, "FAMILIES_SHARE", 1e9)
+    monkeypatch.setattr(_deciding, "FAMILIES_SHARE", 1e9)
     assert tuned_sizes(range(200, 900, 5)) > 1
 
 
 def test_shapes_of_a_varying_family_that_come_again_share_in_that_time(
     engine: ScalingEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(_runtime, "FAMILIES_SHARE", -1.0)
+    monkeypatch.setattr(_deciding, "FAMILIES_SHARE", -1.0)
     met = [conv(32, 32 + i) for i in range(20)]
     assert {decide(one).effort for one in met * 3} == {"instant"}
     tune(conv(32, 40))
     again = decide(met[0])
     assert (again.effort, again.ranking[0].source) == ("instant", RELATIVE), "by what was tuned since it was met"
     assert again.config.knob("index") == TUNED
-    monkeypatch.setattr(_runtime, "FAMILIES_SHARE", 1e9)
+    monkeypatch.setattr(_deciding, "FAMILIES_SHARE", 1e9)
     efforts = [decide(met[0]).effort for _ in range(20)]
     assert set(efforts) == {"instant", "measure"}
     assert efforts == sorted(efforts)
-    monkeypatch.setattr(_runtime, "FAMILIES_SHARE", -1.0)
+    monkeypatch.setattr(_deciding, "FAMILIES_SHARE", -1.0)
     other = conv(32, channels=4)
     assert [decide(other).effort for _ in range(2)] == ["instant", "measure"], "the one shape of its family"
 
@@ -696,7 +696,7 @@ def test_a_plan_that_ranks_agreed_on_is_not_left_for_a_relatives(
     store = torch.distributed.HashStore()
     board = Board(lambda: store, 0, 2)
     monkeypatch.setattr(_ranks, "current", lambda: board)
-    monkeypatch.setattr(_runtime, "FAMILIES_SHARE", -1.0)
+    monkeypatch.setattr(_deciding, "FAMILIES_SHARE", -1.0)
     policy = {"ranks": ranks, "tune_after": 2}
     met = [conv(32, 32 + i) for i in range(20)]
     before = [decide(one, **policy).config for one in met]
@@ -726,7 +726,7 @@ def test_a_family_whose_tuning_breaks_off_is_not_tuned_again_and_again(
             raise MemoryError("no room")
         return find_plans(*args, effort=effort, **kwargs)
 
-    monkeypatch.setattr(_runtime, "find_plans", breaks)
+    monkeypatch.setattr(_deciding, "find_plans", breaks)
     with pytest.warns(convplan.ConvPlanWarning, match="tuning broke off"):
         efforts = {decide(conv(32, 32 + i)).effort for i in range(40)}
     assert efforts == {"instant"}

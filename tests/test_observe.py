@@ -23,8 +23,8 @@ from helpers.fresh import fresh_process, registered
 from torch.profiler import ProfilerActivity, profile
 
 import convplan
-from convplan import Policy, Problem, _ranges, _runtime
-from convplan._runtime import COUNTERS
+from convplan import Policy, Problem, _choices, _ranges
+from convplan._counts import COUNTERS
 from convplan.engines.fake import FakeCandidate, FakeEngine
 
 ROOT = Path(convplan.__file__).resolve().parents[1]
@@ -199,14 +199,14 @@ def test_the_variable_says_how_a_process_begins(monkeypatch: pytest.MonkeyPatch,
 def test_profiling_wants_true_or_false_and_gives_back_what_held() -> None:
     with pytest.raises(TypeError, match="found 'yes', expected True or False"):
         convplan.profiling("yes")  # type: ignore[arg-type]
-    token = _runtime.state.token
+    token = _choices.state.token
     convplan.profiling(False)
-    assert _runtime.state.token == token  # nothing has to be bound anew
+    assert _choices.state.token == token  # nothing has to be bound anew
     with convplan.profiling():
         with convplan.profiling(False):
             assert not _ranges.switch.on
         assert _ranges.switch.on
-        assert _runtime.state.token > token
+        assert _choices.state.token > token
 
 
 def test_all_threads_see_the_switch() -> None:

@@ -24,7 +24,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import convplan
-from convplan import ConvPlanWarning, Policy, PolicyError, _runtime
+from convplan import ConvPlanWarning, Policy, PolicyError, _choices, _runtime
 from convplan.engines.fake import FakeCandidate, FakeEngine
 
 # Torch warns of the copy that it makes itself.
@@ -619,11 +619,11 @@ def test_a_block_gives_back_what_held_before_it() -> None:
     outer, inner = FAST, FAST.replace(engines=("aten",))
     with convplan.enabled(outer):
         with convplan.enabled(inner):
-            assert _runtime.state.policy is inner
-        assert _runtime.state.policy is outer
+            assert _choices.state.policy is inner
+        assert _choices.state.policy is outer
         with pytest.raises(ZeroDivisionError), convplan.enabled(inner):
             raise ZeroDivisionError
-        assert _runtime.state.policy is outer
+        assert _choices.state.policy is outer
         call("2d").run(F, *call("2d").tensors(torch.float32))
         assert convplan.stats()["planned"] == 1
     assert dispatch_tables() == tables
@@ -655,7 +655,7 @@ def test_a_wrong_policy_is_refused_and_leaves_everything_as_it_was(policy: Any) 
     convplan.enable(FAST)
     with pytest.raises(PolicyError):
         convplan.enable(policy)
-    assert _runtime.state.policy is FAST
+    assert _choices.state.policy is FAST
 
 
 def in_thread(run: Callable[[], None]) -> None:

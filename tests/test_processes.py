@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 import convplan
-from convplan import Policy, Problem, _runtime
+from convplan import Policy, Problem, _counts
 
 UNTUNED = Policy(engines=("aten", "matmul"), effort="instant")
 forks = pytest.mark.filterwarnings(
@@ -204,7 +204,7 @@ def test_threads_that_end_leave_nothing_behind_but_their_counts() -> None:
             thread.join()
     stats = convplan.stats()
     assert (stats["planned"], stats["misses"], stats["hits"]) == (1, 21, 40)
-    assert len(_runtime.counts._hit_cells) <= 1 + threading.active_count()
+    assert len(_counts.counts._hit_cells) <= 1 + threading.active_count()
 
 
 def test_a_pool_of_threads_reuses_its_plans() -> None:

@@ -24,9 +24,24 @@ from helpers.fresh import fresh_process
 from helpers.plans import run_python
 
 import convplan
-from convplan import ConvPlanWarning, NoPlan, Policy, PolicyError, Problem, ReplayMiss, SpecError, TensorSpec, _runtime
+from convplan import (
+    ConvPlanWarning,
+    NoPlan,
+    Policy,
+    PolicyError,
+    Problem,
+    ReplayMiss,
+    SpecError,
+    TensorSpec,
+    _choices,
+    _counts,
+    _deciding,
+    _runtime,
+)
+from convplan._choices import known
+from convplan._counts import DEFAULT_CACHE_LIMIT, cache_limit
+from convplan._lru import LeastRecentlyUsed
 from convplan._planner import find_plans
-from convplan._runtime import DEFAULT_CACHE_LIMIT, LeastRecentlyUsed, cache_limit
 from convplan.engines import registry
 from convplan.engines.fake import FakeCandidate, FakeEngine, VirtualClock
 
@@ -45,7 +60,7 @@ def _fresh() -> Iterator[None]:
 def clock(monkeypatch: pytest.MonkeyPatch) -> VirtualClock:
     """Planning's clock, which only scripts move."""
     virtual = VirtualClock()
-    monkeypatch.setattr(_runtime, "find_plans", functools.partial(find_plans, clock=virtual))
+    monkeypatch.setattr(_deciding, "find_plans", functools.partial(find_plans, clock=virtual))
     return virtual
 
 
@@ -207,17 +222,17 @@ def test_effort_instant_never_measures(mine: FakeEngine) -> None:
 
 
 def test_a_process_tunes_for_so_long_and_no_longer(mine: FakeEngine, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_runtime.counts, "tuning_s", 0.0)
+    monkeypatch.setattr(_counts.counts, "tuning_s", 0.0)
     convplan.enable(rules(tune_after=2, tuning_limit_s=1e-6, nearest=False))
     first, second = tensors(6), tensors(7)
     for _ in range(3):
         F.conv2d(*first)
     assert ran(mine, lambda: F.conv2d(*first)) == [TUNED]
-    assert _runtime.counts.tuning_s > 1e-6
+    assert _counts.counts.tuning_s > 1e-6
     assert ran(mine, lambda: [F.conv2d(*second) for _ in range(4)]) == [UNTUNED] * 4
     assert counted(lambda: F.conv2d(*second)) == {"hits": 1}
     x, w = tensors(8)
-    convplan.tune([convplan.problem("fprop", x, w)], policy=_runtime.state.policy)  # asked for by name
+    convplan.tune([convplan.problem("fprop", x, w)], policy=_choices.state.policy)  # asked for by name
     assert ran(mine, lambda: F.conv2d(x, w)) == [TUNED]
     convplan.enable(rules(tune_after=2))  # no limit any more
     for _ in range(3):
@@ -469,7 +484,7 @@ def test_a_weight_that_takes_the_place_of_one_that_is_gone_counts_on(mine: FakeE
 def test_more_weights_than_are_told_apart_count_in_the_end(mine: FakeEngine) -> None:
     x, w = tensors()
     convplan.enable(rules(tune_after=2))
-    weights = [w.clone() for _ in range(_runtime.MOST_LAYERS + 1)]
+    weights = [w.clone() for _ in range(_choices.MOST_LAYERS + 1)]
     for one in weights[:-1]:
         F.conv2d(x, one)
     assert convplan.stats()["tuned"] == 0
@@ -847,7 +862,7 @@ def test_a_stored_plan_that_builds_no_more_is_planned_again(mine: FakeEngine, cl
         mine.script = (take(0.001),) * 3
         record = convplan.plan(problem_of(x, w), policy.replace(effort="instant", engines=("mine",)))
         moved = {"policy": policy, "effort": "measure"}
-        _runtime.store().remember(_with(record, **moved))
+        known.store().remember(_with(record, **moved))
         registry.unregister("mine")
     _runtime.forget()
     convplan.stats(reset=True)
@@ -1055,7 +1070,7 @@ def test_a_callable_that_raises_is_heard_and_leaves_nothing_on(mine: FakeEngine)
 
     with pytest.raises(KeyError):
         convplan.tune(fails, policy=rules())
-    assert _runtime.state.captures == ()
+    assert _choices.state.captures == ()
     assert counted(lambda: F.conv2d(*tensors())) == {}
 
 
@@ -1094,7 +1109,7 @@ def test_capture_sees_every_call_and_changes_none(mine: FakeEngine, on: bool) ->
     assert list(seen) == [one, other]
     assert seen.calls == {one: 5, other: 1}
     assert (seen[0], seen[-1], len(seen)) == (one, other, 2)
-    assert _runtime.state.captures == ()
+    assert _choices.state.captures == ()
     before = dict(seen.calls)
     F.conv2d(x, w)
     assert seen.calls == before

@@ -9,11 +9,14 @@ from __future__ import annotations
 
 import torch
 
+from convplan._choices import state
+from convplan._counts import counts
 from convplan._plan import shares_memory
 from convplan._policy import Policy
 from convplan._problem import Problem
-from convplan._runtime import counts, local, state
+from convplan._runtime import local
 from convplan.engines.base import Run
+from convplan.torch_ops.activations import Activation
 from convplan.torch_ops.adapter import ALIGNMENT_BYTES, ConvArgs, NotExpressible, forward_problem
 from convplan.torch_ops.arguments import (
     Arguments,
@@ -28,7 +31,6 @@ from convplan.torch_ops.arguments import (
     through_torch,
     without_autocast,
 )
-from convplan.torch_ops.activations import Activation
 from convplan.torch_ops.fused import fused
 from convplan.torch_ops.linear import Caller, Geometry, Linear
 from convplan.torch_ops.override import live_flags

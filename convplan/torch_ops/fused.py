@@ -18,16 +18,19 @@ convolutions that no `Problem` describes: torch's own convolution and elementwis
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 
+from convplan._choices import state
+from convplan._counts import counts
 from convplan._epilogue import Epilogue
 from convplan._errors import SpecError
 from convplan._plan import shares_memory
 from convplan._policy import Policy
 from convplan._problem import Problem
-from convplan._runtime import counts, in_graph_capture, local, state
+from convplan._runtime import in_graph_capture, local
 from convplan.torch_ops.activations import NONE, Activation, Resolved, follow, resolve, scale_channels, times
 from convplan.torch_ops.adapter import ALIGNMENT_BYTES, ConvArgs, NotExpressible
 from convplan.torch_ops.arguments import (
@@ -142,7 +145,12 @@ def _activation_key(activation: Activation) -> Any:
 
 
 def _asked_for(
-    input: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, scale: Tensor | None, out: Tensor | None
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    scale: Tensor | None,
+    out: Tensor | None,
 ) -> tuple[bool, bool]:
     """Whether any gradient may be asked for later, and whether that of the scale may."""
     if not torch.is_grad_enabled():
@@ -266,8 +274,8 @@ def _composed(spatial: int, raw: Arguments, alpha: float, activation: Resolved) 
             input, residual = input.unsqueeze(0), None if residual is None else residual.unsqueeze(0)
         check_following(result_dims(input, weight, args), input, bias, residual, scale)
         _number(alpha)
-        in_core = scale is None
-        with torch.autocast(input.device.type, enabled=False):
+        device, in_core = input.device.type, scale is None
+        with torch.autocast(device, enabled=False) if device in ("cpu", "cuda") and _any_autocast() else nullcontext():
             result = convolution(input, weight, bias if in_core else None, None)
             result = follow(result, None if in_core else bias, residual, scale, alpha, activation)
         result = result if batched else result.squeeze(0)

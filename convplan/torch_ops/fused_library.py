@@ -14,8 +14,9 @@ from typing import Any
 
 import torch
 
+from convplan._choices import state
 from convplan._errors import SpecError
-from convplan._runtime import local, state
+from convplan._runtime import local
 from convplan.torch_ops.activations import NONE, Resolved, follow, resolve, scale_channels, times
 from convplan.torch_ops.adapter import ALIGNMENT_BYTES, NotExpressible, output_layout, output_strides
 from convplan.torch_ops.fused_plan import (

@@ -27,11 +27,12 @@ from typing import Any
 import msgspec
 import torch
 
+from convplan._choices import state
 from convplan._epilogue import Epilogue
 from convplan._errors import PolicyError, SpecError
 from convplan._policy import Policy
 from convplan._problem import Problem, TensorSpec, channels_last_strides, contiguous_strides, output_spatial
-from convplan._runtime import check_policy, local, state
+from convplan._runtime import check_policy, local
 from convplan.torch_ops.adapter import (
     ALIGNMENT_BYTES,
     DTYPE_NAMES,

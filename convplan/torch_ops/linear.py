@@ -11,12 +11,13 @@ from typing import Any
 
 import torch
 
-from convplan import _runtime
+from convplan._choices import Layer, state
+from convplan._counts import counts
 from convplan._epilogue import Epilogue
 from convplan._errors import ConvPlanError
 from convplan._policy import Policy, torch_flags
 from convplan._problem import Op, Problem
-from convplan._runtime import Runner, counts, local, state
+from convplan._runtime import Runner, check_policy, local
 from convplan.engines._support import deliver, empty
 from convplan.engines.aten import AtenEngine
 from convplan.engines.base import EngineConfig, Run
@@ -38,7 +39,7 @@ def planned_runner(
     A miss in replay mode is raised; any other failure to plan leaves it to stock torch, and gives None too.
     """
     counts.add("misses")
-    wanted = _runtime.check_policy(state.policy if policy is None else policy)
+    wanted = check_policy(state.policy if policy is None else policy)
     if problem.is_empty:
         return None
     for observe in state.captures:
@@ -89,7 +90,7 @@ class Caller:
         return deliver(result, problem.output, out)
 
 
-def layer_of(op: Op, second: Tensor) -> _runtime.Layer | None:
+def layer_of(op: Op, second: Tensor) -> Layer | None:
     """Whose call this is, by its weight; there is none among the inputs of a weight's gradient."""
     return None if op == "wgrad" else weakref.ref(second)
 

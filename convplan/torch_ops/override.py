@@ -20,14 +20,15 @@ from typing import Any, TypeVar, cast
 
 import torch
 
-from convplan import _runtime
+from convplan._choices import Observe, state
+from convplan._counts import counts, warn_once
 from convplan._environment import matmul_precision
 from convplan._errors import CaptureMiss, ConvPlanError, ReplayMiss, SpecError
 from convplan._plan import Plan
 from convplan._policy import Policy
 from convplan._problem import Problem
 from convplan._ranges import ranged
-from convplan._runtime import Observe, Runner, counts, drop_tensors, local, state, warn_once
+from convplan._runtime import Runner, check_policy, drop_tensors, local
 from convplan.engines.aten import stock_backward, stock_forward
 from convplan.engines.base import Run
 from convplan.torch_ops.adapter import (
@@ -636,7 +637,7 @@ def enable(policy: Policy | None = None) -> None:
     Raises:
         PolicyError: the policy names an engine that is not registered.
     """
-    wanted = _runtime.check_policy(Policy() if policy is None else policy)
+    wanted = check_policy(Policy() if policy is None else policy)
     with _lock:
         state.policy, state.enabled = wanted, True
         _settle()

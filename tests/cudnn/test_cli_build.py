@@ -15,8 +15,9 @@ import msgspec
 import pytest
 
 import convplan
-from convplan import Policy, Problem, ReplayMiss, _environment, _runtime
+from convplan import Policy, Problem, ReplayMiss, _deciding, _environment, _runtime
 from convplan._ahead import LEADING, AheadBuilder, AheadPlan, build_ahead, write_ahead
+from convplan._choices import known
 from convplan._environment import Environment
 from convplan._errors import NoPlan
 from convplan._plan import PlanRecord
@@ -330,7 +331,7 @@ def counted() -> dict[str, int]:
 @pytest.mark.filterwarnings("error")
 def test_they_are_the_untuned_plans_at_first_sight(policy: Policy, shipped: str, there: Callable[..., None]) -> None:
     there()
-    _, record = _runtime.decide(on_gpu(), policy)
+    _, record = _deciding.decide(on_gpu(), policy)
     assert str(record.config) == shipped
     assert record.environment.is_ahead
     assert counted() == {"planned": 0, "from_store": 1, "tuned": 0}
@@ -339,21 +340,21 @@ def test_they_are_the_untuned_plans_at_first_sight(policy: Policy, shipped: str,
 @pytest.mark.behaviour("C1")
 def test_their_serialized_forms_travel_with_them(shipped: str, there: Callable[..., None], cudnn: CudnnEngine) -> None:
     there()
-    _, record = _runtime.decide(on_gpu(), INSTANT)
+    _, record = _deciding.decide(on_gpu(), INSTANT)
     for evidence in record.ranking[:LEADING]:
-        serialized = _runtime.store().serialized(record, evidence.config)
+        serialized = known.store().serialized(record, evidence.config)
         assert serialized is not None
         restored = cudnn.restore(record.problem, evidence.config, record.policy, serialized)
         assert restored.serialize is not None
         assert restored.serialize() == serialized
     assert str(record.config) == shipped
-    assert _runtime.store().serialized(record, record.ranking[LEADING].config) is None, "it was not built"
+    assert known.store().serialized(record, record.ranking[LEADING].config) is None, "it was not built"
 
 
 def test_a_replay_of_measured_plans_does_not_take_them(shipped: str, there: Callable[..., None]) -> None:
     there()
     with pytest.raises(ReplayMiss):
-        _runtime.decide(on_gpu(), Policy(mode="replay"))
+        _deciding.decide(on_gpu(), Policy(mode="replay"))
     with pytest.raises(ReplayMiss):
         convplan.plan(on_gpu(), Policy(mode="replay"))
     assert str(convplan.plan(on_gpu(), Policy(mode="replay", effort="instant")).config) == shipped
@@ -373,13 +374,13 @@ def test_they_are_tuned_at_the_sighting_that_the_policy_names(
     shipped: str, there: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     there()
-    monkeypatch.setattr(_runtime, "find_plans", measured)
-    found = [_runtime.decide(on_gpu(), Policy(tune_after=3))[1] for _ in range(4)]
+    monkeypatch.setattr(_deciding, "find_plans", measured)
+    found = [_deciding.decide(on_gpu(), Policy(tune_after=3))[1] for _ in range(4)]
     assert [record.effort for record in found] == ["instant", "instant", "measure", "measure"]
     assert str(found[0].config) == shipped != str(found[2].config)
     assert counted() == {"planned": 1, "from_store": 1, "tuned": 1}
     _runtime.forget()
-    _, again = _runtime.decide(on_gpu(), Policy())
+    _, again = _deciding.decide(on_gpu(), Policy())
     assert (again.effort, again.environment) == ("measure", gpu_environment()), "what was measured there comes first"
 
 
@@ -387,8 +388,8 @@ def test_a_problem_that_is_tuned_at_first_sight_does_not_wait(
     shipped: str, there: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     there()
-    monkeypatch.setattr(_runtime, "find_plans", measured)
-    _, record = _runtime.decide(on_gpu(), Policy(tune_after=1))
+    monkeypatch.setattr(_deciding, "find_plans", measured)
+    _, record = _deciding.decide(on_gpu(), Policy(tune_after=1))
     assert record.effort == "measure"
     assert counted() == {"planned": 1, "from_store": 0, "tuned": 1}
 
@@ -412,7 +413,7 @@ def test_on_another_gpu_or_cudnn_they_are_never_used(
 
 def test_other_versions_of_torch_make_no_difference(shipped: str, there: Callable[..., None]) -> None:
     there(torch="2.13.0+cu130", cuda="13.2", matmul_precision="high")
-    assert str(_runtime.decide(on_gpu(), INSTANT)[1].config) == shipped
+    assert str(_deciding.decide(on_gpu(), INSTANT)[1].config) == shipped
 
 
 def test_a_program_with_another_policy_does_not_find_them(shipped: str, there: Callable[..., None]) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import convplan
-from convplan import _runtime
+from convplan import _choices, _counts, _runtime
 from convplan.engines import registry
 from convplan.engines.base import Engine
 
@@ -31,13 +31,13 @@ def fresh_process() -> Iterator[None]:
 
 def _reset() -> None:
     convplan.disable()
-    _runtime.state.policy = convplan.Policy()
-    _runtime.state.captures = ()
+    _choices.state.policy = convplan.Policy()
+    _choices.state.captures = ()
     _runtime.forget()
     _runtime.local.callers.clear()
-    _runtime._warned.clear()
+    _counts._warned.clear()
     convplan.stats(reset=True)
-    _runtime.counts.families_s = _runtime.counts.tuning_s = 0.0
+    _counts.counts.families_s = _counts.counts.tuning_s = 0.0
 
 
 @contextmanager

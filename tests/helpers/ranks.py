@@ -32,7 +32,8 @@ import torch.nn.functional as F
 from torch import nn
 
 import convplan
-from convplan import Policy, Problem, _environment, _ranks, _runtime
+from convplan import Policy, Problem, _agreement, _deciding, _environment, _ranks, _runtime
+from convplan._choices import known
 from convplan._planner import find_plans
 from convplan.engines.fake import FakeCandidate, FakeEngine, VirtualClock
 from helpers.fresh import fresh_process
@@ -102,7 +103,7 @@ class Scripted(FakeEngine):
 
 def chosen() -> dict[str, list[str]]:
     """What this process runs each problem by: its configuration, and a digest of the whole record."""
-    kept = _runtime._choices._kept
+    kept = known.choices._kept
     records = [choice.record for choice in (() if kept is None else list(kept.values())) if choice.record is not None]
     return {
         str(record.problem): [
@@ -310,7 +311,7 @@ def damaged(rank: Rank) -> dict[str, Any]:
         policy = rank.policy().resolve()
         problem = convplan.problem("fprop", *rank.tensors())
         here = _environment.current(problem.device)
-        place = _runtime._agreement.agreement(None, problem, policy, here)
+        place = _agreement.agreement(None, problem, policy, here)
         assert place is not None
         for kind in ("final", "provisional"):
             known.publish(place._places(kind)[0], '{"key": "\\u001b[31m", "schema": 2}')
@@ -460,7 +461,7 @@ def _run(
         rank = Rank(number, device, store)
         with fresh_process(), _watched(rank), _short_expiry() if name == "killed" else nullcontext():
             found = SCENARIOS[name](rank, **options)
-            stored = _runtime.store().records(_environment.current(device))
+            stored = known.store().records(_environment.current(device))
             return {**found, "stats": convplan.stats(), "chosen": chosen(), "stored": len(stored)}
     finally:
         dist.destroy_process_group()
@@ -491,11 +492,11 @@ def _watched(rank: Rank) -> Iterator[None]:
         rank.before_planning(problem, effort)
         return find(problem, policy, environment, effort=effort, **rest)
 
-    _runtime.find_plans = told
+    _deciding.find_plans = told
     try:
         yield
     finally:
-        _runtime.find_plans = find_plans
+        _deciding.find_plans = find_plans
 
 
 class Job:
