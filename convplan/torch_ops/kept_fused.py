@@ -107,7 +107,7 @@ def _activation(node: Node, last: Node) -> tuple[str, tuple[float, ...], Node]:
         return none
     if node.target in _ACTIVATIONS:
         return _ACTIVATIONS[node.target], (), node
-    if node.target is _aten.clamp.default and len(node.args) == 3:
+    if node.target in (_aten.clamp.default, _aten.hardtanh.default) and len(node.args) == 3:
         return _bounded(node.args[1], node.args[2], node) or none
     if node.target is _aten.clamp_min.default:
         after = _only_user(node)
