@@ -186,6 +186,7 @@ EXAMPLES: list[ConvPlanError] = [
     _errors.WrongResult(engine="fft", config="fft[block=8]", reason="output[0] is 1, not 2"),
     _errors.EngineUnavailable(engine="cudnn", needs="cuDNN 9.1 or newer, found 8.9.7"),
     _errors.ExecutionFailed(plan="fprop x=1", tried=REJECTIONS),
+    _errors.FuseError(model="ResNet", reason="it is in training mode"),
     _errors.ErrataError(path="errata.json", rule="no-engine-5", field="engines[0]", reason='found "5", expected int'),
     _errors.StoreError(path="/data/plans.sqlite", reason="disk full"),
     _errors.StoreBusy(path="/data/plans.sqlite", waited_s=2.5),
