@@ -31,7 +31,7 @@ from convplan.engines.cudnn.configs import (
 )
 from convplan.engines.cudnn.descriptors import CudnnError, Descriptor
 from convplan.engines.cudnn.errata import Errata, GraphKind
-from convplan.engines.cudnn.fusion import is_specialised
+from convplan.engines.cudnn.fusion import is_specialised, takes_bias
 from convplan.engines.cudnn.graph import dense, is_strided, needs_copy, operation_graph, refusal
 from convplan.engines.cudnn.library import clear_cuda_error
 from convplan.engines.cudnn.plans import ExecutionPlan, build_configured, build_plan, restore_plan
@@ -113,8 +113,9 @@ class CudnnEngine:
                 for configuration in heuristic_configurations(graph, target, source):
                     candidate = _candidate(configuration, knobs, problem, target, errata)
                     found.setdefault(candidate.config, candidate)
-        capped = effort != "exhaustive" and not problem.epilogue.is_plain
-        return _with_few_compiled(found.values()) if capped else list(found.values())
+        if effort == "exhaustive":
+            return list(found.values())
+        return _with_few_compiled(found.values(), 0 if problem.epilogue.is_plain else MOST_COMPILED)
 
     def spaces(self, problem: Problem) -> Sequence[Space]:
         """One for each of cuDNN's engines that has anything to offer, with its knobs in the ranges that cuDNN tells.
@@ -222,7 +223,7 @@ def _variants(problem: Problem) -> list[tuple[Problem, dict[str, int]]]:
 def _forms(problem: Problem) -> tuple[int, ...]:
     """The values of `fused` that a problem can have."""
     if problem.epilogue.is_plain:
-        return (0,)
+        return (0, SPECIALISED) if takes_bias(problem) else (0,)
     return (SPECIALISED, GENERAL) if is_specialised(problem) else (GENERAL,)
 
 
@@ -246,14 +247,16 @@ def _graphs(problem: Problem, target: Target) -> Iterator[tuple[dict[str, int], 
         raise refused
 
 
-def _with_few_compiled(candidates: Iterable[Candidate]) -> list[Candidate]:
-    """All of them, with those refused that are compiled and come after `MOST_COMPILED` that are."""
+def _with_few_compiled(candidates: Iterable[Candidate], most: int) -> list[Candidate]:
+    """All of them, with those refused that fuse, are compiled, and come after so many that are."""
     compiled, found = 0, []
     for candidate in candidates:
-        if COMPILED in candidate.notes.behavior and not candidate.refused:
+        fuses = bool(candidate.config.knob("fused"))
+        if fuses and COMPILED in candidate.notes.behavior and not candidate.refused:
             compiled += 1
-            if compiled > MOST_COMPILED:
-                reason = f"{MOST_COMPILED} plans before it are compiled too; effort 'exhaustive' builds more"
+            if compiled > most:
+                before = f"{most} plans before it are compiled too" if most else "it is compiled to add a bias"
+                reason = f"{before}; effort 'exhaustive' builds more"
                 candidate = msgspec.structs.replace(candidate, refused=reason)
         found.append(candidate)
     return found

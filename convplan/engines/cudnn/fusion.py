@@ -22,7 +22,7 @@ from typing import NamedTuple
 import msgspec
 
 from convplan._epilogue import Epilogue
-from convplan._problem import FLOAT_DTYPES, WRITES, Problem, TensorSpec
+from convplan._problem import DTYPES, FLOAT_DTYPES, WRITES, Problem, TensorSpec
 from convplan.engines.cudnn.enums import Attribute, PointwiseMode
 
 INTERMEDIATE = "float32"  # type of what is never written to memory, and of all arithmetic behind the convolution
@@ -113,20 +113,40 @@ def is_specialised(problem: Problem) -> bool:
     )
 
 
+def takes_bias(problem: Problem) -> bool:
+    """Whether ready-made engines may add the bias of a problem that has nothing else behind its convolution."""
+    return (
+        problem.epilogue.is_plain
+        and problem.epilogue.bias
+        and problem.op == "fprop"
+        and problem.dtype in FLOAT_DTYPES
+        and problem.dtype != "float64"
+        and problem.output.layout != "strided"
+    )
+
+
+def nodes_behind(problem: Problem, specialised: bool) -> Fusion | None:
+    """What follows the convolution in a problem's graph; None where that is the convolution alone, as it is for a bias
+    that is added afterwards."""
+    return fusion_of(problem, specialised) if specialised or not problem.epilogue.is_plain else None
+
+
 @functools.lru_cache(maxsize=64)
 def fusion_of(problem: Problem, specialised: bool) -> Fusion:
     """What follows a problem's convolution, in one of the two forms.
 
     Args:
-        problem: with an epilogue of more than a bias, which `refusal` has nothing against.
-        specialised: the form; only where `is_specialised` holds.
+        problem: with an epilogue that `refusal` has nothing against.
+        specialised: the form; only where `is_specialised` or `takes_bias` holds, and always for a bias alone.
     """
     line = _Line(problem.output)
     epilogue = problem.epilogue
     if specialised:
         if epilogue.residual:
             line.add(_Mode.ADD, line.residual(epilogue), alpha2=epilogue.alpha)
-        line.add(_Mode.ADD, line.vector("b", problem.bias_dtype, epilogue.bias_alignment_bytes))
+        # Of a bias alone the problem does not say how it is aligned.
+        own = DTYPES[problem.bias_dtype].itemsize_bytes if epilogue.is_plain else epilogue.bias_alignment_bytes
+        line.add(_Mode.ADD, line.vector("b", problem.bias_dtype, own))
     else:
         _general(line, problem)
     _activate(line, epilogue)

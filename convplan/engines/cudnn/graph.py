@@ -111,7 +111,7 @@ def operation_graph(target: Target, problem: Problem, *, specialised: bool = Fal
     Args:
         target: what it is for.
         problem: a bias alone is no part of the graph; every other epilogue is.
-        specialised: in the form that cuDNN has ready-made engines for; only where `fusion.is_specialised` holds.
+        specialised: in the form that cuDNN has ready-made engines for; only where the module `fusion` says that it fits.
 
     Raises:
         CudnnError: cuDNN refuses a tensor, the convolution, or their combination.
@@ -122,7 +122,7 @@ def operation_graph(target: Target, problem: Problem, *, specialised: bool = Fal
     operation = Descriptor(library, kind)
     dense_strides = dense_strides_of(problem)
     tensors = {letter: tensor(library, letter, getattr(problem, letter), dense_strides) for letter in "xwy"}
-    fused = None if problem.epilogue.is_plain else fusion.fusion_of(problem, specialised)
+    fused = fusion.nodes_behind(problem, specialised)
     nodes = [] if fused is None else _pointwise_nodes(library, problem, fused, tensors, dense_strides)
     ends = tensors if fused is None else {**tensors, WRITES[problem.op]: tensors[fused.result]}
     for role, letter in zip(roles, "xwy", strict=True):

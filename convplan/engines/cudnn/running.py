@@ -53,7 +53,7 @@ class Epilogued:
         lacks_bias: the graph has a bias and the problem none, so it is given zeros.
 
     Args:
-        problem: with an epilogue of more than a bias.
+        problem: with an epilogue.
         specialised: the form of its graph.
     """
 
@@ -114,7 +114,8 @@ class Form(NamedTuple):
     bias_shape: tuple[int, ...]
     copies: tuple[TensorSpec | None, TensorSpec | None]  # the layout that an input is copied into, None for as it is
     uids: tuple[int, ...]  # of the tensors whose addresses a run gives, in that order
-    epilogue: Epilogued | None  # None: nothing, or a bias alone
+    epilogue: Epilogued | None  # None: nothing, or a bias that is added afterwards
+    bias_alone: bool  # what follows the convolution is a bias and nothing else
 
     @classmethod
     def of(cls, problem: Problem, made: Problem, specialised: bool) -> Form:
@@ -124,9 +125,10 @@ class Form(NamedTuple):
         spec = problem.output
         bias_shape = (1, -1, *[1] * problem.spatial_rank)
         letters = READS[problem.op] + WRITES[problem.op]
-        epilogue = None if problem.epilogue.is_plain else Epilogued(problem, specialised)
+        epilogue = Epilogued(problem, specialised) if specialised or not problem.epilogue.is_plain else None
         uids = (*map(uid_of, letters), *(() if epilogue is None else epilogue.uids))
-        return cls(spec.dims, spec.strides, TORCH_DTYPES[spec.dtype], bias_shape, (first, second), uids, epilogue)
+        dtype, plain = TORCH_DTYPES[spec.dtype], problem.epilogue.is_plain
+        return cls(spec.dims, spec.strides, dtype, bias_shape, (first, second), uids, epilogue, plain)
 
     def place(self, out: Optional, device: torch.device) -> torch.Tensor:
         """`out` where a plan can write to it, else a new tensor."""
@@ -146,7 +148,19 @@ class Form(NamedTuple):
 def make_run(form: Form, at: At) -> Run:
     """A run for any thread and any GPU of this machine."""
     epilogue = form.epilogue
-    return _plain_run(form, at) if epilogue is None else _fused_run(form, epilogue, at)
+    if epilogue is None:
+        return _plain_run(form, at)
+    fused = _fused_run(form, epilogue, at)
+    return _with_bias_alone(fused) if form.bias_alone else fused
+
+
+def _with_bias_alone(fused: Run) -> Run:
+    """A fused run as a problem calls it that has nothing but a bias, of any strides."""
+
+    def run(first: torch.Tensor, second: torch.Tensor, bias: torch.Tensor, out: Optional) -> torch.Tensor:
+        return fused(first, second, bias if bias.is_contiguous() else bias.contiguous(), out, None, None)
+
+    return run
 
 
 def _gpu_of(first: torch.Tensor) -> int:
@@ -214,6 +228,8 @@ def bound_run(form: Form, at: At, run: Run) -> Run:
         return _bound_plain(form, plan, index, _allocate, run)
     if epilogue.lacks_bias and torch.cuda.is_current_stream_capturing():
         return run
+    if form.bias_alone:
+        return _with_bias_alone(_bound_fused(form, epilogue, plan, index, _allocate, _fused_run(form, epilogue, at)))
     return _bound_fused(form, epilogue, plan, index, _allocate, run)
 
 

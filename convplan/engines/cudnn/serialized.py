@@ -26,7 +26,7 @@ from convplan._measure import first_line
 from convplan._problem import DTYPES, WRITES, Problem, TensorSpec
 from convplan.engines.cudnn.descriptors import CudnnError
 from convplan.engines.cudnn.enums import Attribute, DataType, PointwiseMode
-from convplan.engines.cudnn.fusion import INTERMEDIATE, Fusion, Node, fusion_of, uid_of
+from convplan.engines.cudnn.fusion import INTERMEDIATE, Fusion, Node, nodes_behind, uid_of
 from convplan.engines.cudnn.graph import (
     DATA_TYPES,
     UIDS,
@@ -201,12 +201,12 @@ def graph_json(problem: Problem, specialised: bool = False) -> dict[str, Any]:
     mode, _, _ = _NODES[problem.op]
     dense_strides = dense_strides_of(problem)
     specs = {letter: getattr(problem, letter) for letter in "wxy"}
-    if problem.epilogue.is_plain:
+    fused = nodes_behind(problem, specialised)
+    if fused is None:
         if problem.dtype.startswith("float8"):
             mode = _GENERAL_GRAPH
         tensors = [_tensor_json(name, spec, dense_strides) for name, spec in specs.items()]
         return {"finalizeMode": mode, "tensors": tensors, "nodes": [_convolution_json(problem, {})]}
-    fused = fusion_of(problem, specialised)
     specs |= fused.given | {name: spec_of(problem, name) for name in (*fused.virtual, *fused.constants)}
     return {
         "finalizeMode": _SPECIALISED_GRAPH if specialised else _GENERAL_GRAPH,
@@ -313,7 +313,7 @@ def vetted(
     ):
         if not _same(mine, theirs):
             raise ValueError(f"the serialized plan's {part} is not that of the problem, the GPU and cuDNN here")
-    fused = None if problem.epilogue.is_plain else fusion_of(problem, specialised)
+    fused = nodes_behind(problem, specialised)
     own = _vetted_engine(found.engine, engine, knobs, _targets(fused))
     return _encode(
         {
