@@ -34,7 +34,8 @@ from convplan.torch_ops.adapter import (
     output_spec,
     spec_of,
 )
-from convplan.torch_ops.override import NO_GRADIENTS, live_flags, note_fallback
+from convplan.torch_ops.override import NO_GRADIENTS, note_fallback
+from convplan.torch_ops.seen import live_flags
 from convplan.torch_ops.traced import traced
 from convplan.torch_ops.undisturbed import undisturbed
 

@@ -46,7 +46,8 @@ from convplan.torch_ops.adapter import (
     transposed_padding,
     transposed_spatial,
 )
-from convplan.torch_ops.override import NO_GRADIENTS, live_flags
+from convplan.torch_ops.override import NO_GRADIENTS
+from convplan.torch_ops.seen import live_flags
 from convplan.torch_ops.undisturbed import undisturbed
 
 Tensor = torch.Tensor
