@@ -416,9 +416,13 @@ class _Planned:
         """Take over the bare plan once nothing but a new token can change the choice; whether that is so."""
         bare = self._runner.unwatched
         if bare is not None and not self.settled:
-            self.run = self._restrided(bare)
+            self.run = bare if self._is_exact(self._runner.plan) else self._restrided(bare)
             self.settled, self.settled_as = True, self._runner.settled_as
         return self.settled
+
+    def _is_exact(self, plan: Plan) -> bool:
+        """Whether a plan's results have torch's strides as they come."""
+        return plan.exact_strides and plan.problem.output.strides == self._strides
 
     def _restrided(self, run: Run) -> Run:
         strides = self._strides

@@ -348,6 +348,7 @@ def _built(problem: Problem, config: EngineConfig, plans: _Plans, plan: Executio
         workspace_bytes=plan.workspace_bytes + copies,
         bind=functools.partial(_bound_run, form, plans, run),
         serialize=functools.partial(plans.serialize, plan),
+        exact_strides=True,  # every result is allocated with them
     )
 
 
@@ -423,7 +424,7 @@ def _bound_run(form: _Form, plans: _Plans, run: Run) -> Run:
         return run
     dims, strides, dtype, bias_shape = form.dims, form.strides, form.dtype, form.bias_shape
     allocate, raw_stream, current_device = _allocate, _raw_stream, _current_device
-    packs, execute = plan.packs, plan.descriptor.library.cdll.cudnnBackendExecute
+    packs, execute = plan.packs, plan.descriptor.library.execute_unchecked
     # Made once: ctypes would make them from numbers at every call.
     handle_pointer, plan_pointer = c_void_p(handle.pointer), c_void_p(plan.descriptor.pointer)
     workspace, several = (plan.workspace_bytes,), torch.cuda.device_count() > 1
