@@ -2,6 +2,7 @@
 
     python benchmarks/host_cost.py                     # -> results/host_cost.json, results/host_cost.md
     python benchmarks/host_cost.py --parts hits,profile --device cuda --out results   # a GPU's columns beside the CPU's
+    python benchmarks/host_cost.py --parts hits,profile --processes 1 --rounds 15     # the same within a minute
     python benchmarks/host_cost.py --profile           # only where each microsecond of a hit goes, on stdout
 
 Each figure comes from processes of its own, several of them, and is their median. Run it on an idle machine. What a
@@ -12,6 +13,7 @@ and a GPU that is in another machine.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import statistics
@@ -91,17 +93,18 @@ def main() -> None:
     parser.add_argument("--parts", default=",".join(PARTS))
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cuda", "cpu"])
     parser.add_argument("--rounds", type=int, default=40)
+    parser.add_argument("--processes", type=int, default=PROCESSES, help="whose median is taken, of hits and profiles")
     parser.add_argument("--out", type=Path, default=Path(os.environ.get("OUT", HERE / "results")))
     parser.add_argument("--profile", action="store_true", help="only where the time of a hit goes, on stdout")
     options = parser.parse_args()
     if options.profile:
-        print("\n".join(profile_lines({options.device: found("profile", options.device, options.rounds)})))
+        print("\n".join(profile_lines({options.device: found("profile", options)})))
         return
     options.out.mkdir(parents=True, exist_ok=True)
     file = options.out / "host_cost.json"
     raw: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
     for part in options.parts.split(","):
-        value = found(part, options.device, options.rounds)
+        value = found(part, options)
         if part in ("hits", "profile"):
             raw.setdefault(part, {})[options.device] = value
         else:
@@ -111,13 +114,14 @@ def main() -> None:
     print(table(raw))
 
 
-def found(part: str, device: str, rounds: int) -> dict[str, Any]:
+def found(part: str, options: argparse.Namespace) -> dict[str, Any]:
+    device: str = options.device
     with tempfile.TemporaryDirectory() as folder:
         store = {"CONVPLAN_CACHE_DIR": folder}
         if part in ("hits", "profile"):
-            argv = [str(HERE / "host_hits.py"), "--device", device, "--rounds", str(rounds)]
+            argv = [str(HERE / "host_hits.py"), "--device", device, "--rounds", str(options.rounds)]
             argv += ["--profile"] if part == "profile" else []
-            runs = [json.loads(in_process(argv, **store)) for _ in range(PROCESSES)]
+            runs = [json.loads(in_process(argv, **store)) for _ in range(options.processes)]
             return {"commit": commit(), "machine": machine(device), "runs": runs}
         if part == "import":
             return {
@@ -134,6 +138,7 @@ def found(part: str, device: str, rounds: int) -> dict[str, Any]:
     raise SystemExit(f"found part {part!r}, expected some of {', '.join(PARTS)}")
 
 
+@functools.cache
 def machine(device: str) -> str:
     code = "import torch; from convplan._environment import current; torch.set_num_threads(1); "
     name = "torch.cuda.get_device_name() + ', ' + " if device == "cuda" else ""

@@ -3,7 +3,6 @@
     python benchmarks/host_hits.py --device cpu             # one JSON object: microseconds a call, by case and side
     python benchmarks/host_hits.py --device cuda --profile  # where the time of a hit goes, stage by stage
 
-
 Sides alternate in rounds of one process, and every figure is a median over rounds. On a GPU the kernels are so small
 that the host is what takes the time; it waits for the GPU between rounds only.
 """
@@ -25,7 +24,7 @@ import torch.nn.functional as F
 import convplan
 from convplan import Policy
 from convplan.engines import registry
-from convplan.torch_ops import override
+from convplan.torch_ops import override, seen
 
 LAYERS = 50
 POLICY = Policy(effort="instant")  # the engine's own first choice, which is what stock torch runs
@@ -183,14 +182,14 @@ def profiled(device: str, rounds: int) -> dict[str, Any]:
                 sample("entry", loop)
             with convplan.enabled(POLICY):
                 sample("all", loop)
-                seen = [override.local.forwards[w.data_ptr()] for w, _ in parameters]
-                runs = [one.run for one in seen]
+                known = [override.local.forwards[w.data_ptr()] for w, _ in parameters]
+                runs = [one.run for one in known]
                 calls = list(zip(runs, (w for w, _ in parameters), strict=True))
                 sample("run", lambda calls=calls: [run(x, w, None, None) for run, w in calls])
-                for one in seen:
+                for one in known:
                     one.run = nothing
                 sample("compared", loop)
-                for one, run in zip(seen, runs, strict=True):
+                for one, run in zip(known, runs, strict=True):
                     one.run = run
                 config = convplan.plan(convplan.problem("fprop", x, parameters[0][0], padding=1), POLICY).config
         parts = run_parts(device, layers, rounds)
@@ -229,9 +228,12 @@ class replaced:  # noqa: N801 - reads as what holds in the block
 def run_parts(device: str, layers: Layers, rounds: int) -> dict[str, float]:
     """What a plan's run is made of, each timed by itself."""
     x, w = layers.x, layers.parameters[0][0]
+    alike, index = seen.like(x, w), x.get_device()
     parts: dict[str, Callable[[], object]] = {
         "one address": x.data_ptr,
         "shape and strides of a tensor": lambda: (x.shape, x.stride()),
+        "comparing all that of two tensors, in one call": lambda: alike(x, w),
+        "torch's flags": lambda: seen.live_flags(index, x.dtype),
     }
     problem = convplan.problem("fprop", x, w, padding=1)
     y = torch.empty_strided(problem.y.dims, problem.y.strides, dtype=x.dtype, device=device)
@@ -266,7 +268,7 @@ def cudnn_parts(problem: convplan.Problem, x: Tensor, w: Tensor, y: Tensor) -> d
     plan.execute(handle, addresses)
     pack = plan.packs[addresses]
     handle_pointer, plan_pointer = cudnn.c_void_p(handle.pointer), cudnn.c_void_p(plan.descriptor.pointer)
-    execute = plan.descriptor.library.cdll.cudnnBackendExecute
+    execute = plan.descriptor.library.execute_unchecked
     dims, strides, dtype = problem.y.dims, problem.y.strides, x.dtype
     allocate = cudnn._allocate or (lambda *given: torch.empty_strided(*given[:2], dtype=given[2], device="cuda"))
     return {

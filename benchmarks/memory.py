@@ -1,11 +1,13 @@
 """The most memory that a training step holds: stock torch beside `enable()`, for three models.
 
     python benchmarks/memory.py --out results/gpu           # memory.json and memory.md, on a GPU
+    python benchmarks/memory.py --gpus 0,1 --parallel 4     # four sides at once, two on each GPU
     python benchmarks/memory.py --device cpu --out /tmp     # small models, to see that it runs; resident memory, rough
 
 Each side of each model runs in a process of its own: some steps in which it plans whatever there is to plan, whose
 peak is told apart, then steps as they go on. What may not be exceeded is stock torch's peak, with benchmark mode off,
-and the policy's workspace limit.
+and the policy's workspace limit. Each process counts its own memory, so several may share a GPU, and what is written
+grows by each that ends; times of a step mean something only where one runs at a time.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ import gc
 import itertools
 import json
 import os
+import queue
 import resource
 import statistics
 import subprocess
@@ -22,6 +25,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +34,7 @@ from run_cpu import commit
 MIB = 2**20
 ROUNDING_BYTES = 2 * MIB  # the allocator's
 FIRST_STEPS, STEPS = 3, 5
-LIMITS = "64MiB,1GiB"
+LIMITS = "256MiB"
 
 
 def main() -> None:
@@ -40,6 +44,8 @@ def main() -> None:
     parser.add_argument("--models", default=",".join(MODELS))
     parser.add_argument("--limits", default=LIMITS, help="workspace limits, one run of convplan for each")
     parser.add_argument("--budget-s", type=float, default=0.1, help="Policy.budget_s")
+    parser.add_argument("--parallel", type=int, default=1, help="sides that run at once")
+    parser.add_argument("--gpus", default=os.environ.get("CUDA_VISIBLE_DEVICES") or "0", help="which, taken in turn")
     parser.add_argument("--side", help=argparse.SUPPRESS)  # in a process of its own: MODEL SIDE
     options = parser.parse_args()
     if options.side:
@@ -49,29 +55,70 @@ def main() -> None:
 
     limits = {text: byte_count(text) for text in options.limits.split(",")}
     options.out.mkdir(parents=True, exist_ok=True)
-    raw: dict[str, Any] = {"commit": commit(), "limits_bytes": limits, "device": options.device, "models": {}}
-    sides = ["stock", "stock, benchmark mode", *(f"convplan {limit}" for limit in limits.values())]
-    with tempfile.TemporaryDirectory() as folder:
-        for model in options.models.split(","):
-            found = raw["models"][model] = {}
-            for side in sides:
-                found[side] = in_process(options, model, side, folder)
-                print(f"{model}, {side}: {found[side]['step_peak_bytes'] / MIB:.0f} MiB", file=sys.stderr, flush=True)
-            raw["machine"] = found["stock"].pop("machine")
+    raw: dict[str, Any] = {
+        "commit": commit(),
+        "limits_bytes": limits,
+        "device": options.device,
+        "parallel": options.parallel,
+        "models": {model: {} for model in options.models.split(",")},
+    }
+    failed = run_all(options, raw)
+    print(table(raw))
+    if failed or not all(row["kept"] for row in rows(raw)):
+        sys.exit("\n".join(failed) or 1)
+
+
+def run_all(options: argparse.Namespace, raw: dict[str, Any]) -> list[str]:
+    """Every side of every model into `raw`, and onto the disk as each ends; what went wrong."""
+    ours = [f"convplan {limit}" for limit in raw["limits_bytes"].values()]
+    sides = [*ours, "stock", "stock, benchmark mode"]  # the slow ones first
+    places: queue.Queue[str] = queue.Queue()
+    for _, gpu in zip(range(options.parallel), itertools.cycle(options.gpus.split(",")), strict=False):
+        places.put(gpu)
+    failed = []
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(options.parallel) as pool:
+        jobs = {
+            pool.submit(in_process, options, model, side, folder, places): (model, side)
+            for side in sides
+            for model in raw["models"]
+        }
+        for done in as_completed(jobs):
+            model, side = jobs[done]
+            try:
+                found = done.result()
+            except SideFailed as exc:
+                failed.append(f"{model}, {side}: {exc}")
+                continue
+            raw["machine"] = found.pop("machine")
+            raw["models"][model][side] = found
+            print(f"{model}, {side}: {found['step_peak_bytes'] / MIB:.0f} MiB", file=sys.stderr, flush=True)
             (options.out / "memory.json").write_text(json.dumps(raw, indent=1) + "\n")
             (options.out / "memory.md").write_text(table(raw))
-    print(table(raw))
-    if not all(row["kept"] for row in rows(raw)):
-        sys.exit(1)
+    return failed
 
 
-def in_process(options: argparse.Namespace, model: str, side: str, folder: str) -> dict[str, Any]:
+class SideFailed(Exception):
+    """A side's process ended with an error, which is the text."""
+
+
+def in_process(
+    options: argparse.Namespace, model: str, side: str, folder: str, places: queue.Queue[str]
+) -> dict[str, Any]:
+    """Run one side, on a GPU that has room for it."""
+    gpu = places.get()
+    try:
+        return in_process_on(options, model, side, folder, gpu)
+    finally:
+        places.put(gpu)
+
+
+def in_process_on(options: argparse.Namespace, model: str, side: str, folder: str, gpu: str) -> dict[str, Any]:
     argv = [sys.executable, __file__, "--models", model, "--side", side, "--device", options.device]
     argv += ["--budget-s", str(options.budget_s)]
-    environment = {**os.environ, "CONVPLAN_CACHE_DIR": folder}
+    environment = {**os.environ, "CONVPLAN_CACHE_DIR": str(Path(folder, model)), "CUDA_VISIBLE_DEVICES": gpu}
     done = subprocess.run(argv, capture_output=True, text=True, check=False, env=environment)
     if done.returncode:
-        sys.exit(f"{model}, {side}: {done.stderr}")
+        raise SideFailed(done.stderr)
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
@@ -231,9 +278,11 @@ def rows(raw: dict[str, Any]) -> list[dict[str, Any]]:
     """One row for each model and workspace limit."""
     found = []
     for model, sides in raw["models"].items():
-        stock, tuned = sides["stock"], sides["stock, benchmark mode"]
         for text, limit in raw["limits_bytes"].items():
-            ours = sides[f"convplan {limit}"]
+            wanted = ("stock", "stock, benchmark mode", f"convplan {limit}")
+            if any(side not in sides for side in wanted):
+                continue
+            stock, tuned, ours = (sides[side] for side in wanted)
             found.append(
                 {
                     "model": model,
@@ -256,7 +305,8 @@ def table(raw: dict[str, Any]) -> str:
     lines = [
         "# Memory of a training step",
         "",
-        f"Commit {raw['commit']}; {raw['machine']}.",
+        f"Commit {raw['commit']}; {raw.get('machine', 'nothing was measured')}."
+        + (f" {raw['parallel']} processes at once, which times of a step suffer from." if raw["parallel"] > 1 else ""),
         f"{what} over {STEPS} steps, in MiB, each side in a process of its own; `benchmarks/memory.py` says what runs.",
         "",
         "| model | workspace limit | stock | stock, benchmark mode | `enable()` | over stock | within the limit "

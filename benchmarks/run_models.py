@@ -2,6 +2,9 @@
 
     python benchmarks/run_models.py                                  # $OUT/models.json, models.md (default results/gpu)
     python benchmarks/run_models.py --device cpu --small --ways eager
+    CUDA_VISIBLE_DEVICES=0 python benchmarks/run_models.py --models resnet-50,convnext-t --name a --limit-s 500 &
+    CUDA_VISIBLE_DEVICES=1 python benchmarks/run_models.py --models unet-3d,vae-decoder --name b --limit-s 500 &
+    wait; python benchmarks/run_models.py --merge a,b                # put together as models.json, models.md
 
 Every side runs in a process of its own: stock torch with benchmark mode on from its first call, convplan with its plans
 in a store that is filled by tuning first. On a GPU in bfloat16 autocast, channels-last. A round asks each side of a
@@ -17,6 +20,7 @@ import json
 import math
 import os
 import random
+import select
 import statistics
 import subprocess
 import sys
@@ -40,6 +44,7 @@ REFERENCE = "reference"
 ALLOWANCE = 1.5  # times stock torch's own distance from float32
 WARM_UPS = 4
 SAMPLE_S = 0.05
+LATE = "the time was over"
 
 
 # ---- models
@@ -282,6 +287,7 @@ class Process:
 
     def __init__(self, options: argparse.Namespace, name: str, library: str, way: str) -> None:
         self.library, self.way, self.failed = library, way, ""
+        self._deadline: float = options.deadline
         command = [sys.executable, str(Path(__file__).resolve()), "--device", options.device]
         command += ["--small"] if options.small else []
         command += ["--side", name, library, way]
@@ -296,6 +302,11 @@ class Process:
     def hear(self) -> dict[str, Any]:
         if self.failed or self._child.stdout is None:
             return {}
+        left_s = self._deadline - time.perf_counter()
+        # Nothing of an earlier answer is left behind: each is one line, and is read before the next is asked for.
+        if not select.select([self._child.stdout], [], [], None if left_s == math.inf else max(left_s, 0.0))[0]:
+            self.failed = LATE
+            return {"failed": LATE}
         line = self._child.stdout.readline()
         answer: dict[str, Any] = json.loads(line) if line else {"failed": "the process ended"}
         self.failed = answer.get("failed", "")
@@ -313,11 +324,11 @@ class Process:
 # ---- the rounds
 
 
-def compare(options: argparse.Namespace, name: str) -> dict[str, Any]:
-    """All sides of one model."""
+def compare(options: argparse.Namespace, found: dict[str, Any], write: Callable[[], None]) -> None:
+    """All sides of one model; its phases are written as they end."""
+    name = found["model"]
     ways = [way for way in options.ways.split(",") if way != "graphed" or options.device == "cuda"]
     plain = [way for way in ways if way != "kept"]
-    found: dict[str, Any] = {"model": name, "phases": {}}
     # The first of convplan's tunes, while stock torch's get ready; the others find its plans in the store.
     sides = [Process(options, name, REFERENCE, "eager"), *(Process(options, name, "stock", way) for way in plain)]
     sides.append(Process(options, name, "convplan", "eager"))
@@ -333,10 +344,10 @@ def compare(options: argparse.Namespace, name: str) -> dict[str, Any]:
                 side.say(do="prepare", phase=phase)
             ready += [side.hear() for side in late]
             found["phases"][phase] = timed(options, sides, ready)
+            write()
     finally:
         for side in sides:
             side.end()
-    return found
 
 
 def timed(options: argparse.Namespace, sides: list[Process], ready: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -352,10 +363,11 @@ def timed(options: argparse.Namespace, sides: list[Process], ready: list[dict[st
     calls = max(1, round(SAMPLE_S * 1e3 / max(min(once_ms, default=1.0), 1e-3)))
     samples: dict[Process, list[float]] = {side: [] for side in racing}
     end = time.perf_counter() + options.seconds
-    while time.perf_counter() < end or min(map(len, samples.values()), default=5) < 5:
+    while time.perf_counter() < min(end, options.deadline) or min(map(len, samples.values()), default=5) < 5:
         random.shuffle(racing)
         for side in racing:
-            samples[side].append(side.ask(do="sample", calls=calls).get("ms", math.nan))
+            answer = side.ask(do="sample", calls=calls)
+            samples[side] += [answer["ms"]] if "ms" in answer else []
         if any(side.failed for side in racing):
             break
     return [
@@ -436,16 +448,23 @@ def main() -> None:
     parser.add_argument("--phases", default=",".join(PHASES))
     parser.add_argument("--seconds", type=float, default=4.0, help="rounds of one model and phase")
     parser.add_argument("--small", action="store_true", help="small models, to see that it runs")
+    parser.add_argument("--limit-s", type=float, default=math.inf, help="stop then, with what there is")
+    parser.add_argument("--name", default="models", help="of the files, without their ending")
+    parser.add_argument("--merge", default="", help="run nothing: put the files of these names together")
     parser.add_argument("--side", nargs=3, help=argparse.SUPPRESS)
     options = parser.parse_args()
+    options.deadline = time.perf_counter() + options.limit_s
     if options.side:
         side_program(options)
+        return
+    options.out = Path(os.environ.get("OUT", HERE / "results" / "gpu"))
+    options.out.mkdir(parents=True, exist_ok=True)
+    if options.merge:
+        merge(options, options.merge.split(","))
         return
     unknown = sorted(set(options.models.split(",")) - set(MODELS)) + sorted(set(options.ways.split(",")) - set(WAYS))
     if unknown:
         parser.error(f"unknown: {', '.join(unknown)}; models are {', '.join(MODELS)}, ways {', '.join(WAYS)}")
-    out = Path(os.environ.get("OUT", HERE / "results" / "gpu"))
-    out.mkdir(parents=True, exist_ok=True)
     gpu = torch.cuda.get_device_name() if options.device == "cuda" else "no GPU"
     raw: dict[str, Any] = {
         "about": [f"Commit {os.environ.get('COMMIT') or commit()}, torch {torch.__version__}, {gpu}."],
@@ -454,9 +473,38 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         for name in options.models.split(","):
             os.environ["CONVPLAN_CACHE_DIR"] = str(Path(folder, name))
-            raw["models"].append(compare(options, name))
-            (out / "models.json").write_text(json.dumps(raw, indent=1) + "\n")
-            (out / "models.md").write_text(table(raw))
+            found: dict[str, Any] = {"model": name, "phases": {}}
+            if time.perf_counter() > options.deadline:
+                raw["about"].append(f"{name}: {LATE}.")
+            else:
+                raw["models"].append(found)
+                compare(options, found, lambda: write(options, raw))
+            write(options, raw)
+    print(table(raw))
+
+
+def write(options: argparse.Namespace, raw: dict[str, Any]) -> None:
+    (options.out / f"{options.name}.json").write_text(json.dumps(raw, indent=1) + "\n")
+    (options.out / f"{options.name}.md").write_text(table(raw))
+
+
+def merge(options: argparse.Namespace, names: list[str]) -> None:
+    """One file and one table of several, each of which ran some of the models."""
+    raw: dict[str, Any] = {"about": [], "models": []}
+    missing = []
+    for name in names:
+        file = options.out / f"{name}.json"
+        if not file.is_file():
+            missing.append(name)
+            continue
+        part = json.loads(file.read_text())
+        raw["about"] += [line for line in part["about"] if line not in raw["about"]]
+        raw["models"] += part["models"]
+    raw["about"] += [f"{name}: no file of that name was there." for name in missing]
+    write(options, raw)
+    for name in {*names} - {options.name, *missing}:
+        (options.out / f"{name}.json").unlink()
+        (options.out / f"{name}.md").unlink(missing_ok=True)
     print(table(raw))
 
 

@@ -185,16 +185,19 @@ class Plan:
         workspace_bytes: scratch memory it takes while it runs.
         restored: it was restored from its serialized form, and not built.
         as_torch: the entry of torch it is nothing but a call of, see `Built`.
+        exact_strides: its results have just the strides that the problem says, see `Built`.
     """
 
-    __slots__ = ("_bind", "as_torch", "config", "problem", "restored", "unchecked_run", "workspace_bytes")
+    __slots__ = (
+        "_bind", "as_torch", "config", "exact_strides", "problem", "restored", "unchecked_run", "workspace_bytes"
+    )  # fmt: skip
 
     def __init__(self, problem: Problem, config: EngineConfig, built: Built, *, restored: bool = False) -> None:
         self.restored = restored
         self.problem = problem
         self.config = config
         self.workspace_bytes = built.workspace_bytes
-        self.as_torch = built.as_torch
+        self.as_torch, self.exact_strides = built.as_torch, built.exact_strides
         self._bind = built.bind
         self.unchecked_run = built.run
 

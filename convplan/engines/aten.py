@@ -135,7 +135,8 @@ class AtenEngine:
                 run, as_torch = _fprop_in_one_frame(problem, policy, run), "convolution"
             elif via is Via.BACKWARD and problem.device == "cpu":  # elsewhere the policy's flags go with the call
                 as_torch = "convolution_backward"
-        return Built(run=run, workspace_bytes=workspace, as_torch=as_torch)
+        exact = as_torch == "convolution"
+        return Built(run=run, workspace_bytes=workspace, as_torch=as_torch, exact_strides=exact)
 
 
 Core = Callable[[torch.Tensor, torch.Tensor, "torch.Tensor | None"], torch.Tensor]
@@ -221,7 +222,7 @@ def _fprop_in_one_frame(problem: Problem, policy: Policy, run_and_deliver: Run) 
     stride, dilation, groups = list(problem.stride), list(problem.dilation), problem.groups
     padding, zeros, wanted = [before for before, _ in problem.padding], [0] * len(stride), problem.output.strides
     deterministic, tf32 = bool(policy.deterministic), bool(policy.allow_tf32)
-    convolution, cudnn = torch._convolution, torch.backends.cudnn.enabled
+    convolution, cudnn, dims = torch._convolution, torch.backends.cudnn.enabled, problem.output.dims
 
     def run(
         first: torch.Tensor, second: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor | None
@@ -231,7 +232,9 @@ def _fprop_in_one_frame(problem: Problem, policy: Policy, run_and_deliver: Run) 
         result = convolution(
             first, second, bias, stride, padding, dilation, False, zeros, groups, False, deterministic, cudnn, tf32
         )
-        return result if result.stride() == wanted else deliver(result, problem.output, None)
+        if result.stride() == wanted:
+            return result
+        return deliver(result, problem.output, None).as_strided(dims, wanted)  # for dimensions of size 1
 
     return run
 

@@ -164,6 +164,8 @@ class Built(msgspec.Struct, frozen=True):
             call for several plans.
         bind: makes a `run` for the calling thread and the current device only, which need not look up either; None
             where `run` is that already.
+        exact_strides: its results have the very strides of `problem.output`, also in dimensions of size 1, where any
+            would do.
         serialize: the plan as bytes that the engine's `restore` takes in another process; None where there is nothing
             to be gained by that. Raises `PlanRejected` when this plan cannot be.
     """
@@ -173,6 +175,7 @@ class Built(msgspec.Struct, frozen=True):
     as_torch: str = ""
     bind: Callable[[], Run] | None = None
     serialize: Callable[[], bytes] | None = None
+    exact_strides: bool = False
 
 
 class Space(msgspec.Struct, frozen=True):

@@ -33,7 +33,7 @@ from convplan.torch_ops.arguments import (
 )
 from convplan.torch_ops.fused import fused
 from convplan.torch_ops.linear import Caller, Geometry, Linear
-from convplan.torch_ops.override import live_flags
+from convplan.torch_ops.seen import live_flags
 from convplan.torch_ops.traced import traced
 from convplan.torch_ops.undisturbed import undisturbed
 

@@ -56,7 +56,7 @@ from convplan.torch_ops.fused_plan import (
 )
 from convplan.torch_ops.library import result_dims
 from convplan.torch_ops.linear import Geometry, Linear, bias_gradient, gradients
-from convplan.torch_ops.override import live_flags
+from convplan.torch_ops.seen import live_flags
 from convplan.torch_ops.traced import traced_fused
 
 _is_compiling = torch.compiler.is_compiling

@@ -39,7 +39,7 @@ from convplan.torch_ops.library import (
     without_autocast,
 )
 from convplan.torch_ops.linear import bias_gradient
-from convplan.torch_ops.override import live_flags
+from convplan.torch_ops.seen import live_flags
 from convplan.torch_ops.undisturbed import undisturbed
 
 Tensor = torch.Tensor

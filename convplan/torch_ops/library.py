@@ -47,7 +47,8 @@ from convplan.torch_ops.adapter import (
     transposed_spatial,
 )
 from convplan.torch_ops.linear import Caller
-from convplan.torch_ops.override import NO_GRADIENTS, live_flags
+from convplan.torch_ops.override import NO_GRADIENTS
+from convplan.torch_ops.seen import live_flags
 from convplan.torch_ops.undisturbed import undisturbed
 
 Tensor = torch.Tensor

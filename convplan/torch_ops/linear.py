@@ -22,7 +22,8 @@ from convplan.engines._support import deliver, empty
 from convplan.engines.aten import AtenEngine
 from convplan.engines.base import EngineConfig, Run
 from convplan.torch_ops.adapter import ALIGNMENT_BYTES, ConvArgs, check_same_place, output_spec, spec_of
-from convplan.torch_ops.override import NO_GRADIENTS, live_flags, note_fallback
+from convplan.torch_ops.override import NO_GRADIENTS, note_fallback
+from convplan.torch_ops.seen import live_flags
 
 Tensor = torch.Tensor
 

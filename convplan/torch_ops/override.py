@@ -22,7 +22,6 @@ import torch
 
 from convplan._choices import Observe, state
 from convplan._counts import counts, warn_once
-from convplan._environment import matmul_precision
 from convplan._errors import CaptureMiss, ConvPlanError, ReplayMiss, SpecError
 from convplan._plan import Plan
 from convplan._policy import Policy
@@ -39,6 +38,13 @@ from convplan.torch_ops.adapter import (
     gradient_problem,
     output_strides,
 )
+from convplan.torch_ops.seen import (
+    Seen,
+    algorithms_deterministic,
+    cudnn_deterministic,
+    cudnn_enabled,
+    live_flags,
+)
 from convplan.torch_ops.undisturbed import undisturbed
 
 log = logging.getLogger("convplan.override")
@@ -54,120 +60,33 @@ NO_GRADIENTS = (False, False)
 _lock = threading.RLock()
 _library: torch.library.Library | None = None
 
-# After a large convolution the processor's caches hold nothing of Python's, and every function called and every object
-# made costs about 3 us then, ten times its usual cost. So the C functions are bound once, and few are called.
-_FLOAT32 = torch.float32
-_num_threads = torch.get_num_threads
-_matmul_precision = torch._C._get_float32_matmul_precision
-_algorithms_deterministic = torch._C._get_deterministic_algorithms
-_cudnn_deterministic = torch._C._get_cudnn_deterministic
-_cudnn_enabled = torch._C._get_cudnn_enabled
-_fp32_precision: Callable[[str, str], str] = getattr(
-    torch._C, "_get_fp32_precision_getter", lambda backend, op: str(torch._C._get_cudnn_allow_tf32())
-)
-_onednn_enabled = torch._C._get_mkldnn_enabled
-
-
-def live_flags(device: int, dtype: torch.dtype | None = None) -> tuple[object, ...]:
-    """Torch's settings that a choice depends on, as they are now.
-
-    Args:
-        device: index of the GPU, -1 for the CPU.
-        dtype: of the tensors. Only float32 on a GPU has precisions to choose from; None: any.
-    """
-    if device >= 0 and dtype is not _FLOAT32 and dtype is not None:
-        return _algorithms_deterministic(), _cudnn_deterministic(), _cudnn_enabled()
-    try:
-        precision = _matmul_precision()
-    except RuntimeError:  # the new spelling was used
-        precision = matmul_precision("cpu" if device < 0 else "cuda")
-    if device < 0:
-        return _num_threads(), _onednn_enabled(), precision, _algorithms_deterministic(), _cudnn_deterministic()
-    return (
-        _algorithms_deterministic(),
-        _cudnn_deterministic(),
-        _cudnn_enabled(),
-        precision,
-        _fp32_precision("cuda", "conv"),
-    )
-
-
-class _Seen:
-    """A call that this thread has made, and what runs it; compared part by part, which is cheaper than making a key.
-
-    Kept by the address of the weight, which tells most convolutions of a program apart. A call that differs in any part
-    goes by its key. Attributes are those of the call, with `x_low` and `dy_low` the last five bits of addresses.
-    """
-
-    __slots__ = (
-        "algorithms_deterministic", "bias", "caller", "cudnn_deterministic", "cudnn_enabled", "device", "dilation",
-        "dtype", "dy_dtype", "dy_low", "dy_shape", "dy_strides", "failed", "few_flags", "flags", "groups", "hits",
-        "mask", "output_padding", "padding", "run", "stride", "token", "transposed", "w_dtype", "w_shape", "w_strides",
-        "x_low", "x_shape", "x_strides",
-    )  # fmt: skip
-
-    def __init__(self, x: Tensor, w: Tensor, flags: tuple[object, ...], **parts: Any) -> None:
-        self.x_shape, self.x_strides, self.x_low = x.shape, x.stride(), x.data_ptr() & 31
-        self.w_shape, self.w_strides, self.w_dtype = w.shape, w.stride(), w.dtype
-        self.dtype, self.device, self.hits = x.dtype, x.get_device(), local.callers.hits
-        for name, value in parts.items():
-            setattr(self, name, value)
-        # For most tensors on a GPU there are three flags, which are compared one by one, without a tuple of them.
-        self.algorithms_deterministic, self.cudnn_deterministic = _algorithms_deterministic(), _cudnn_deterministic()
-        self.cudnn_enabled = _cudnn_enabled()
-        self.flags, self.few_flags = flags, len(flags) == 3
-
 
 @undisturbed
-def _forward(
-    x: Tensor,
-    w: Tensor,
-    bias: Tensor | None,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    transposed: bool,
-    output_padding: Sequence[int],
-    groups: int,
-) -> Tensor:
-    """`aten::convolution`."""
+def _forward(x: Tensor, w: Tensor, bias: Tensor | None, *rest: Any) -> Tensor:
+    """`aten::convolution`; the rest: stride, padding, dilation, transposed, output_padding, groups."""
     seen = local.forwards.get(w.data_ptr())
-    if (
-        seen is not None
-        and seen.token == state.token
-        and x.shape == seen.x_shape
-        and x.stride() == seen.x_strides
-        and w.shape == seen.w_shape
-        and w.stride() == seen.w_strides
-        and x.dtype is seen.dtype
-        and w.dtype is seen.w_dtype
-        and x.data_ptr() & 31 == seen.x_low
-        and x.get_device() == seen.device
-        and groups == seen.groups
-        and stride == seen.stride
-        and padding == seen.padding
-        and dilation == seen.dilation
-        and transposed is seen.transposed
-        and output_padding == seen.output_padding
-        and (
-            bias is None
-            if seen.bias is None
-            else bias is not None and (bias.shape, bias.dtype, bias.get_device()) == seen.bias
-        )
-        and (
-            _algorithms_deterministic() is seen.algorithms_deterministic
-            and _cudnn_deterministic() is seen.cudnn_deterministic
-            and _cudnn_enabled() is seen.cudnn_enabled
-            if seen.few_flags
-            else live_flags(seen.device, seen.dtype) == seen.flags
-        )
-    ):
-        seen.hits[0] += 1
-        try:  # the plan itself: one frame less than its caller
-            found: Tensor = seen.run(x, w, bias, None)
-        except Exception as exc:  # whatever an engine raises, the convolution must still be computed
-            found = seen.failed(exc, x, w, bias)
-        return found
+    while seen is not None:
+        if (
+            seen.token == state.token
+            and (seen.same(x, w) if bias is None else seen.same_biased(x, w, bias))
+            and x.data_ptr() & 31 == seen.x_low
+            and rest == seen.rest
+            and (
+                algorithms_deterministic() is seen.algorithms_deterministic
+                and cudnn_deterministic() is seen.cudnn_deterministic
+                and cudnn_enabled() is seen.cudnn_enabled
+                if seen.few_flags
+                else live_flags(seen.device, seen.dtype) == seen.flags
+            )
+        ):
+            seen.hits[0] += 1
+            try:  # the plan itself: one frame less than its caller
+                found: Tensor = seen.run(x, w, bias, None)
+            except Exception as exc:  # whatever an engine raises, the convolution must still be computed
+                found = seen.failed(exc, x, w, bias)
+            return found
+        seen = seen.other
+    stride, padding, dilation, transposed, output_padding, groups = rest
     token, device = state.token, x.get_device()
     flags = live_flags(device, x.dtype)
     key = (
@@ -184,11 +103,8 @@ def _forward(
             callers.move_to_end(key)
         elif type(caller) is not _Watching:
             run, failed = getattr(caller, "bare", None) or (_with_out(caller), _raised)
-            seen = _Seen(
-                x, w, run=run, failed=failed, token=token, flags=flags, bias=key[7], stride=stride, padding=padding,
-                dilation=dilation, transposed=transposed, output_padding=output_padding, groups=groups,
-            )  # fmt: skip
-            local.keep_seen(local.forwards, w.data_ptr(), seen)
+            seen = Seen(token, (x, w), bias, rest, flags, run=run, failed=failed, x_low=x.data_ptr() & 31)
+            seen.keep(local.forwards, w.data_ptr())
     else:
         args = (list(stride), list(padding), list(dilation), transposed, list(output_padding), groups)
         caller = _new_forward(x, w, bias, args)
@@ -200,55 +116,29 @@ def _forward(
 
 
 @undisturbed
-def _backward(
-    dy: Tensor,
-    x: Tensor,
-    w: Tensor,
-    bias_sizes: Sequence[int] | None,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    transposed: bool,
-    output_padding: Sequence[int],
-    groups: int,
-    output_mask: Sequence[bool],
-) -> Gradients:
-    """`aten::convolution_backward`."""
+def _backward(dy: Tensor, x: Tensor, w: Tensor, *rest: Any) -> Gradients:
+    """`aten::convolution_backward`; the rest: the bias's sizes, what `_forward` has, and which gradients are wanted."""
     seen = local.backwards.get(w.data_ptr())
-    if (
-        seen is not None
-        and seen.token == state.token
-        and dy.shape == seen.dy_shape
-        and dy.stride() == seen.dy_strides
-        and x.shape == seen.x_shape
-        and x.stride() == seen.x_strides
-        and w.shape == seen.w_shape
-        and w.stride() == seen.w_strides
-        and dy.dtype is seen.dy_dtype
-        and x.dtype is seen.dtype
-        and w.dtype is seen.w_dtype
-        and dy.data_ptr() & 31 == seen.dy_low
-        and x.data_ptr() & 31 == seen.x_low
-        and x.get_device() == seen.device
-        and groups == seen.groups
-        and stride == seen.stride
-        and padding == seen.padding
-        and dilation == seen.dilation
-        and transposed is seen.transposed
-        and output_padding == seen.output_padding
-        and output_mask == seen.mask
-        and bias_sizes == seen.bias
-        and (
-            _algorithms_deterministic() is seen.algorithms_deterministic
-            and _cudnn_deterministic() is seen.cudnn_deterministic
-            and _cudnn_enabled() is seen.cudnn_enabled
-            if seen.few_flags
-            else live_flags(seen.device, seen.dtype) == seen.flags
-        )
-    ):
-        seen.hits[0] += 1
-        found: Gradients = seen.caller(dy, x, w)
-        return found
+    while seen is not None:
+        if (
+            seen.token == state.token
+            and seen.same(dy, x, w)
+            and dy.data_ptr() & 31 == seen.dy_low
+            and x.data_ptr() & 31 == seen.x_low
+            and rest == seen.rest
+            and (
+                algorithms_deterministic() is seen.algorithms_deterministic
+                and cudnn_deterministic() is seen.cudnn_deterministic
+                and cudnn_enabled() is seen.cudnn_enabled
+                if seen.few_flags
+                else live_flags(seen.device, seen.dtype) == seen.flags
+            )
+        ):
+            seen.hits[0] += 1
+            found: Gradients = seen.caller(dy, x, w)
+            return found
+        seen = seen.other
+    bias_sizes, stride, padding, dilation, transposed, output_padding, groups, output_mask = rest
     token, device = state.token, x.get_device()
     flags = live_flags(device, x.dtype)
     key = (
@@ -265,12 +155,9 @@ def _backward(
         if callers.crowded:
             callers.move_to_end(key)
         elif type(caller) is not _Watching:
-            seen = _Seen(
-                x, w, caller=caller, token=token, flags=flags, dy_shape=dy.shape, dy_strides=dy.stride(),
-                dy_dtype=dy.dtype, dy_low=dy.data_ptr() & 31, bias=bias_sizes, mask=output_mask, stride=stride,
-                padding=padding, dilation=dilation, transposed=transposed, output_padding=output_padding, groups=groups,
-            )  # fmt: skip
-            local.keep_seen(local.backwards, w.data_ptr(), seen)
+            low = dy.data_ptr() & 31, x.data_ptr() & 31
+            seen = Seen(token, (dy, x, w), None, rest, flags, caller=caller, dy_low=low[0], x_low=low[1])
+            seen.keep(local.backwards, w.data_ptr())
     else:
         args = (list(stride), list(padding), list(dilation), transposed, list(output_padding), groups)
         caller = _new_backward(dy, x, w, bias_sizes, args, list(output_mask))
@@ -529,9 +416,13 @@ class _Planned:
         """Take over the bare plan once nothing but a new token can change the choice; whether that is so."""
         bare = self._runner.unwatched
         if bare is not None and not self.settled:
-            self.run = self._restrided(bare)
+            self.run = bare if self._is_exact(self._runner.plan) else self._restrided(bare)
             self.settled, self.settled_as = True, self._runner.settled_as
         return self.settled
+
+    def _is_exact(self, plan: Plan) -> bool:
+        """Whether a plan's results have torch's strides as they come."""
+        return plan.exact_strides and plan.problem.output.strides == self._strides
 
     def _restrided(self, run: Run) -> Run:
         strides = self._strides

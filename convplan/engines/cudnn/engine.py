@@ -383,4 +383,5 @@ def _built(plans: _Plans, plan: ExecutionPlan) -> Built:
         workspace_bytes=plan.workspace_bytes + copies,
         bind=functools.partial(bound_run, plans.form, plans.at, run),
         serialize=functools.partial(plans.serialize, plan),
+        exact_strides=True,  # every result is allocated with them
     )

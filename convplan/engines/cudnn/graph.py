@@ -111,7 +111,7 @@ def operation_graph(target: Target, problem: Problem, *, specialised: bool = Fal
     Args:
         target: what it is for.
         problem: a bias alone is no part of the graph; every other epilogue is.
-        specialised: in the form that cuDNN has ready-made engines for; only where the module `fusion` says that it fits.
+        specialised: in the form that cuDNN has ready-made engines for; only where `fusion` says that it fits.
 
     Raises:
         CudnnError: cuDNN refuses a tensor, the convolution, or their combination.

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from convplan.engines.cudnn.descriptors import Handle
     from convplan.engines.cudnn.target import Target
 
-MOST_PACKS = 64  # of one plan; each holds about 1 KB
+MOST_PACKS = 256  # of one plan, which all layers of the same sizes share; each holds about 1 KB
 MOST_JSON_BYTES = 16 * 2**20  # of a serialized plan; fused ones have about 0.1 MB
 
 

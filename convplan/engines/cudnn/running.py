@@ -237,7 +237,7 @@ def _bound_plain(form: Form, plan: ExecutionPlan, index: int, allocate: Callable
     dims, strides, dtype, bias_shape = form.dims, form.strides, form.dtype, form.bias_shape
     raw_stream, current_device = _raw_stream, _current_device
     handle = handle_of(plan.descriptor.library, index)
-    packs, execute = plan.packs, plan.descriptor.library.cdll.cudnnBackendExecute
+    packs, execute = plan.packs, plan.descriptor.library.execute_unchecked
     # Made once: ctypes would make them from numbers at every call.
     handle_pointer, plan_pointer = c_void_p(handle.pointer), c_void_p(plan.descriptor.pointer)
     workspace, several = (plan.workspace_bytes,), torch.cuda.device_count() > 1
@@ -277,7 +277,7 @@ def _bound_fused(
     dims, strides, dtype, more = form.dims, form.strides, form.dtype, epilogue.addresses
     raw_stream, current_device = _raw_stream, _current_device
     handle = handle_of(plan.descriptor.library, index)
-    packs, execute = plan.packs, plan.descriptor.library.cdll.cudnnBackendExecute
+    packs, execute = plan.packs, plan.descriptor.library.execute_unchecked
     handle_pointer, plan_pointer = c_void_p(handle.pointer), c_void_p(plan.descriptor.pointer)
     workspace, several = (plan.workspace_bytes,), torch.cuda.device_count() > 1
     no_scratch, byte, unit = not plan.workspace_bytes, torch.uint8, (1,)
