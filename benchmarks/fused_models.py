@@ -151,7 +151,9 @@ def compare(options: argparse.Namespace, name: str, dtype: str, batch: int) -> d
 
 def table(raw: dict[str, Any]) -> str:
     lines = ["# Fused models, inference", "", *raw["about"], ""]
-    lines += ["Milliseconds, with half the distance between the quartiles of the rounds. Ratios: stock torch's time over"]
+    lines += [
+        "Milliseconds, with half the distance between the quartiles of the rounds. Ratios: stock torch's time over"
+    ]
     lines += ["the better of the fused model's two.", ""]
     heads = [f"{library} {way}" for library, way in SIDES]
     lines += [f"| model | dtype | batch | {' | '.join(heads)} | over eager | over compiled | |"]
@@ -206,7 +208,9 @@ def main() -> None:
     if options.side:
         serve(lambda: Side(options, *options.side))
         return
-    unknown = sorted(set(options.models.split(",")) - set(MODELS)) + sorted(set(options.dtypes.split(",")) - set(DTYPES))
+    unknown = sorted(set(options.models.split(",")) - set(MODELS)) + sorted(
+        set(options.dtypes.split(",")) - set(DTYPES)
+    )
     if unknown:
         parser.error(f"unknown: {', '.join(unknown)}; models are {', '.join(MODELS)}, dtypes {', '.join(DTYPES)}")
     out = Path(os.environ.get("OUT", HERE / "results" / "gpu"))

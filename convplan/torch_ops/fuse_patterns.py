@@ -29,7 +29,6 @@ NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
-
 def _writer(write: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
     def function(first: Any, second: Any) -> Any:
         return write(first, second)
