@@ -82,15 +82,15 @@ class Side(ModelSide):
         if self.exact:
             torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
         net, x = make(options.small), torch.randn(int(options.batches), *(few if options.small else dims))
-        self._calibrate(net, x[:4].expand(4, -1, -1, -1) if len(x) < 4 else x[:4])
+        self._calibrate(net, few)
         self.net = net.eval().to(self.device, dtype).to(memory_format=torch.channels_last)
         self.x = x.to(self.device, dtype).to(memory_format=torch.channels_last)
         self.call: Callable[[Tensor], Tensor] = self.net
         self.run: Callable[[], Tensor] = self.step
 
     @staticmethod
-    def _calibrate(net: nn.Module, x: Tensor) -> None:
-        """Batch norms that have seen something, with weights that matter."""
+    def _calibrate(net: nn.Module, dims: tuple[int, ...]) -> None:
+        """Batch norms that have seen something, the same in every process, with weights that matter."""
         generator = torch.Generator().manual_seed(1)
         norms = [one for one in net.modules() if isinstance(one, nn.BatchNorm2d)]
         net.eval()
@@ -99,7 +99,7 @@ class Side(ModelSide):
             one.momentum = 1.0
             one.train()
         with torch.no_grad():
-            net(x + 0.1 * torch.randn(x.shape, generator=generator))
+            net(torch.randn(4, *dims, generator=generator))
 
     def prepare(self, phase: str) -> None:
         """Everything that happens once: fusing, tuning, compiling, capturing."""

@@ -1,7 +1,7 @@
 """`fuse` on networks of torchvision and timm on a GPU: float16, channels-last, against the network unfused.
 
-What is not installed is skipped by name. Nothing is tuned; once most of a minute is over, the rest of the networks run by
-torch's kernels, since cuDNN compiles some of its plans.
+What is not installed is skipped by name. Nothing is tuned; once most of a minute is over, the rest of the networks run
+by torch's kernels, since cuDNN compiles some of its plans.
 """
 
 from __future__ import annotations
