@@ -260,11 +260,18 @@ class Side:
 
 
 def side_program(options: argparse.Namespace) -> None:
-    """Answers one JSON object a line with one a line."""
+    serve(lambda: Side(options, *options.side))
+
+
+def serve(make: Callable[[], Side]) -> None:
+    """Answers one JSON object a line with one a line.
+
+    Args:
+        make: makes the side, which prepares itself for a phase, takes samples and hands out its result.
+    """
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # what libraries print is no answer
-    name, library, way = options.side
-    side = Side(options, name, library, way)
+    side = make()
     for line in sys.stdin:
         request = json.loads(line)
         answer: dict[str, Any] = {}
@@ -283,12 +290,27 @@ def side_program(options: argparse.Namespace) -> None:
 
 
 class Process:
-    """A side from outside."""
+    """A side from outside.
 
-    def __init__(self, options: argparse.Namespace, name: str, library: str, way: str) -> None:
+    Args:
+        options: of the script, whose device and size the side is told.
+        name, library, way: which side.
+        script: has an option `--side` that takes these three, and serves.
+        more: further options of the script.
+    """
+
+    def __init__(
+        self,
+        options: argparse.Namespace,
+        name: str,
+        library: str,
+        way: str,
+        script: Path = Path(__file__),
+        more: tuple[str, ...] = (),
+    ) -> None:
         self.library, self.way, self.failed = library, way, ""
-        self._deadline: float = options.deadline
-        command = [sys.executable, str(Path(__file__).resolve()), "--device", options.device]
+        self._deadline: float = getattr(options, "deadline", float("inf"))
+        command = [sys.executable, str(script.resolve()), "--device", options.device, *more]
         command += ["--small"] if options.small else []
         command += ["--side", name, library, way]
         self._child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)

@@ -1,0 +1,234 @@
+"""Inference of whole models: stock torch eager, compiled and graphed, against `convplan.fuse`, eager and graphed.
+
+    python benchmarks/fused_models.py                     # $OUT/fused_models.json, .md (default results/gpu)
+    python benchmarks/fused_models.py --device cpu --small --models unet-2d,resnet-50 --dtypes float32
+
+Every side runs in a process of its own, with weights in the dtype that is named, channels-last: stock torch with
+benchmark mode on from its first call, convplan with its plans in a store that is filled by tuning first. A round asks
+each side of a case for one sample, in shuffled order, while the others wait; the figure is the middle of the rounds.
+Results are compared with float32 in stock torch: a side may be off by half as much again as stock torch's eager run is.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from run_cpu import commit
+from run_models import ALLOWANCE, REFERENCE, WARM_UPS, Process, deeplab, resnet50, serve, timed
+from run_models import Side as ModelSide
+from torch import Tensor, nn
+
+HERE = Path(__file__).parent
+SIDES = (("stock", "eager"), ("stock", "compiled"), ("stock", "graphed"), ("fuse", "eager"), ("fuse", "graphed"))
+FLOOR = 1e-4  # folded weights are rounded elsewhere, which float32 alone would tell
+DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+
+
+class UNet2d(nn.Module):
+    """Four levels of two convolutions with batch norm and ReLU, as for segmenting images."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+
+        def block(channels: int, out: int) -> nn.Module:
+            layers: list[nn.Module] = []
+            for size in (channels, out):
+                layers += [nn.Conv2d(size, out, 3, padding=1, bias=False), nn.BatchNorm2d(out), nn.ReLU(inplace=True)]
+            return nn.Sequential(*layers)
+
+        widths = [width * 2**level for level in range(4)]
+        self.down = nn.ModuleList(block(a, b) for a, b in zip([3, *widths[:-1]], widths, strict=True))
+        self.pool = nn.MaxPool2d(2)
+        self.wider = nn.ModuleList(nn.ConvTranspose2d(2 * w, w, 2, stride=2) for w in reversed(widths[:-1]))
+        self.up = nn.ModuleList(block(2 * w, w) for w in reversed(widths[:-1]))
+        self.head = nn.Conv2d(width, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        kept = []
+        for level in self.down:
+            x = level(self.pool(x) if kept else x)
+            kept.append(x)
+        for wider, level, beside in zip(self.wider, self.up, reversed(kept[:-1]), strict=True):
+            x = level(torch.cat([wider(x), beside], dim=1))
+        return self.head(x)
+
+
+# Model; dims of one input, those of a small one, and how many at a time.
+MODELS: dict[str, tuple[Callable[[bool], nn.Module], tuple[int, ...], tuple[int, ...], tuple[int, ...]]] = {
+    "resnet-50": (resnet50, (3, 224, 224), (3, 64, 64), (1, 32)),
+    "unet-2d": (lambda small: UNet2d(8 if small else 64), (3, 256, 256), (3, 32, 32), (1, 32)),
+    "deeplabv3": (deeplab, (3, 512, 512), (3, 64, 64), (1, 8)),
+}
+
+
+class Side(ModelSide):
+    """One way to run a model, by one library, in one dtype."""
+
+    def __init__(self, options: argparse.Namespace, name: str, library: str, way: str) -> None:
+        make, dims, few, _ = MODELS[name]
+        torch.backends.cudnn.benchmark = library == "stock"
+        torch.manual_seed(0)
+        self.device, self.cuda, self.training = options.device, options.device == "cuda", False
+        self.library, self.way, self.exact = library, way, library == REFERENCE
+        dtype = torch.float32 if self.exact else DTYPES[options.dtypes]
+        if self.exact:
+            torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+        net, x = make(options.small), torch.randn(int(options.batches), *(few if options.small else dims))
+        self._calibrate(net, few)
+        self.net = net.eval().to(self.device, dtype).to(memory_format=torch.channels_last)
+        self.x = x.to(self.device, dtype).to(memory_format=torch.channels_last)
+        self.call: Callable[[Tensor], Tensor] = self.net
+        self.run: Callable[[], Tensor] = self.step
+
+    @staticmethod
+    def _calibrate(net: nn.Module, dims: tuple[int, ...]) -> None:
+        """Batch norms that have seen something, the same in every process, with weights that matter."""
+        generator = torch.Generator().manual_seed(1)
+        norms = [one for one in net.modules() if isinstance(one, nn.BatchNorm2d)]
+        net.eval()
+        for one in norms:
+            one.weight.data.copy_(0.7 + 0.6 * torch.rand(one.weight.shape, generator=generator))
+            one.momentum = 1.0
+            one.train()
+        with torch.no_grad():
+            net(torch.randn(4, *dims, generator=generator))
+
+    def prepare(self, phase: str) -> None:
+        """Everything that happens once: fusing, tuning, compiling, capturing."""
+        assert phase == "inference"
+        if self.library == "fuse":
+            import convplan
+
+            self.call = convplan.fuse(self.net)
+            convplan.tune(self.step)
+        if self.way == "compiled":
+            self.call = torch.compile(self.net)
+        for _ in range(WARM_UPS):
+            self.step()
+        self.wait()
+        if self.way == "graphed":
+            self.capture()
+
+    def step(self) -> Tensor:
+        with torch.no_grad():
+            return self.call(self.x)
+
+
+def compare(options: argparse.Namespace, name: str, dtype: str, batch: int) -> dict[str, Any]:
+    """All sides of one case."""
+    chosen = [side for side in SIDES if side[1] != "graphed" or options.device == "cuda"]
+    more = ("--dtypes", dtype, "--batches", str(batch))
+
+    def process(library: str, way: str) -> Process:
+        return Process(options, name, library, way, script=Path(__file__), more=more)
+
+    # The first of convplan's tunes, while stock torch's get ready; the other finds its plans in the store.
+    sides = [process(REFERENCE, "eager"), *(process(*side) for side in chosen if side != ("fuse", "graphed"))]
+    try:
+        for side in sides:
+            side.say(do="prepare", phase="inference")
+        ready = [side.hear() for side in sides]
+        if ("fuse", "graphed") in chosen:
+            sides.append(process("fuse", "graphed"))
+            ready.append(sides[-1].ask(do="prepare", phase="inference"))
+        rows = timed(options, sides, ready)
+    finally:
+        for side in sides:
+            side.end()
+    return {"model": name, "dtype": dtype, "batch": batch, "rows": rows}
+
+
+# ---- the table
+
+
+def table(raw: dict[str, Any]) -> str:
+    lines = ["# Fused models, inference", "", *raw["about"], ""]
+    lines += [
+        "Milliseconds, with half the distance between the quartiles of the rounds. Ratios: stock torch's time over"
+    ]
+    lines += ["the better of the fused model's two.", ""]
+    heads = [f"{library} {way}" for library, way in SIDES]
+    lines += [f"| model | dtype | batch | {' | '.join(heads)} | over eager | over compiled | |"]
+    lines += ["|---|---|---:|" + "---:|" * (len(heads) + 2) + "---|"]
+    ratios: dict[str, list[float]] = {"eager": [], "compiled": []}
+    for case in raw["cases"]:
+        rows = {(row["library"], row["way"]): row for row in case["rows"]}
+        mine = [ms for key, row in rows.items() if key[0] == "fuse" and (ms := row["ms"])]
+        cells = [cell(rows.get(key)) for key in SIDES]
+        for way, found in ratios.items():
+            stock = rows.get(("stock", way), {}).get("ms")
+            known = bool(stock and mine)
+            cells.append(f"{stock / min(mine):.2f}" if known else "-")
+            if known:
+                found.append(stock / min(mine))
+        told = trouble(rows)
+        lines.append(f"| {case['model']} | {case['dtype']} | {case['batch']} | {' | '.join(cells)} | {told} |")
+    lines.append("")
+    for way, found in ratios.items():
+        if found:
+            mean = statistics.geometric_mean(found)
+            lines.append(f"Over stock torch {way}: geometric mean {mean:.3f}, lowest {min(found):.3f}.")
+    return "\n".join(lines) + "\n"
+
+
+def cell(row: dict[str, Any] | None) -> str:
+    return "-" if row is None or row["ms"] is None else f"{row['ms']:.3f} ± {row['spread_ms']:.3f}"
+
+
+def trouble(rows: dict[tuple[str, str], dict[str, Any]]) -> str:
+    """What failed, and what is farther from float32 than it may be."""
+    eager = rows.get(("stock", "eager"), {}).get("off")
+    told = []
+    for (library, way), row in rows.items():
+        if row["failed"]:
+            told.append(f"{library} {way}: {row['failed']}")
+        elif row["off"] is not None and eager is not None and row["off"] > ALLOWANCE * eager + FLOOR:
+            told.append(f"{library} {way}: off by {row['off']:.2g}, stock eager by {eager:.2g}")
+    return "; ".join(told)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
+    parser.add_argument("--models", default=",".join(MODELS))
+    parser.add_argument("--batches", default="", help="by default those of each model")
+    parser.add_argument("--dtypes", default="float16,bfloat16")
+    parser.add_argument("--seconds", type=float, default=4.0, help="rounds of one case")
+    parser.add_argument("--small", action="store_true", help="small models, to see that it runs")
+    parser.add_argument("--side", nargs=3, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.side:
+        serve(lambda: Side(options, *options.side))
+        return
+    unknown = sorted(set(options.models.split(",")) - set(MODELS)) + sorted(
+        set(options.dtypes.split(",")) - set(DTYPES)
+    )
+    if unknown:
+        parser.error(f"unknown: {', '.join(unknown)}; models are {', '.join(MODELS)}, dtypes {', '.join(DTYPES)}")
+    out = Path(os.environ.get("OUT", HERE / "results" / "gpu"))
+    out.mkdir(parents=True, exist_ok=True)
+    gpu = torch.cuda.get_device_name() if options.device == "cuda" else "no GPU"
+    about = [f"Commit {os.environ.get('COMMIT') or commit()}, torch {torch.__version__}, {gpu}."]
+    raw: dict[str, Any] = {"about": about, "cases": []}
+    with tempfile.TemporaryDirectory() as folder:
+        for name in options.models.split(","):
+            os.environ["CONVPLAN_CACHE_DIR"] = str(Path(folder, name))
+            batches = [int(one) for one in options.batches.split(",")] if options.batches else MODELS[name][3]
+            for dtype in options.dtypes.split(","):
+                for batch in batches:
+                    raw["cases"].append(compare(options, name, dtype, batch))
+                    (out / "fused_models.json").write_text(json.dumps(raw, indent=1) + "\n")
+                    (out / "fused_models.md").write_text(table(raw))
+    print(table(raw))
+
+
+if __name__ == "__main__":
+    main()
