@@ -45,6 +45,7 @@ def main() -> None:
     parser.add_argument("--only-suite", default="dense")
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
     parser.add_argument("--epilogues", default="residual+bias+relu", help="comma between them")
+    parser.add_argument("--stages", type=int, default=0, help="of so many problems, also what each further step adds")
     parser.add_argument("--seconds", type=float, default=0.5, help="rounds of one problem")
     parser.add_argument("--limit-s", type=float, default=1e9, help="stop, and write what there is")
     parser.add_argument("--every", type=int, default=1)
@@ -58,11 +59,10 @@ def main() -> None:
 
 def run(options: argparse.Namespace) -> None:
     from convplan._bench_processes import Bench, BenchOptions
-    from convplan._epilogue import parse_epilogue
     from convplan._policy import Policy
 
     begin = time.perf_counter()
-    raw: dict[str, Any] = {"commit": commit(), "rows": [], "failures": [], "not_reached": []}
+    raw: dict[str, Any] = {"commit": commit(), "rows": [], "stages": [], "failures": [], "not_reached": []}
     policy = Policy()
     with Bench(policy, BenchOptions(seconds=options.seconds)) as bench:
         for named in forward_problems(options):
@@ -72,19 +72,16 @@ def run(options: argparse.Namespace) -> None:
             alone, failures = bench.compare(named)
             raw["failures"] += plain(failures)
             for text in options.epilogues.split(","):
-                problem = msgspec.structs.replace(named.problem, epilogue=parse_epilogue(text))
-                with_it = msgspec.structs.replace(named, name=f"{named.name} +{text}", problem=problem)
-                fused, failures = bench.compare(with_it)
-                raw["failures"] += plain(failures)
+                fused = with_epilogue(bench, named, text, raw)
                 if fused is not None:
-                    raw["rows"].append(
-                        {
-                            "epilogue": text,
-                            "allow_tf32": named.policy(policy).allow_tf32,
-                            "fused": plain(fused),
-                            "alone": plain(alone),
-                        }
-                    )
+                    tf32 = named.policy(policy).allow_tf32
+                    raw["rows"].append({"epilogue": text, "allow_tf32": tf32, "fused": fused, "alone": plain(alone)})
+            if len(raw["stages"]) < options.stages:
+                text = options.epilogues.split(",")[0].split("+")
+                steps = {"convolution": plain(alone)}
+                for place in range(len(text)):
+                    steps[f"+ {text[place]}"] = with_epilogue(bench, named, "+".join(text[: place + 1]), raw)
+                raw["stages"].append({"name": named.name, "steps": steps})
             raw["environments"] = sorted(bench.environments)
             write(options, raw)
     lines = [(row["fused"]["problem"], row["allow_tf32"]) for row in raw["rows"]]
@@ -94,6 +91,16 @@ def run(options: argparse.Namespace) -> None:
     raw["warm"] = json.loads(done.stdout.splitlines()[-1]) if done.returncode == 0 else {"failed": done.stderr[-500:]}
     write(options, raw)
     print(table(raw))
+
+
+def with_epilogue(bench: Any, named: Any, text: str, raw: dict[str, Any]) -> dict[str, Any] | None:
+    """A problem compared with what follows it; what fails is noted in `raw`."""
+    from convplan._epilogue import parse_epilogue
+
+    problem = msgspec.structs.replace(named.problem, epilogue=parse_epilogue(text))
+    fused, failures = bench.compare(msgspec.structs.replace(named, name=f"{named.name} +{text}", problem=problem))
+    raw["failures"] += plain(failures)
+    return None if fused is None else plain(fused)
 
 
 def forward_problems(options: argparse.Namespace) -> list[Any]:

@@ -177,9 +177,13 @@ def test_a_wrong_out_is_refused_untouched() -> None:
 
 Z = (2, 4, 6, 6)  # the result's shape
 WRONG: dict[str, tuple[dict[str, Any], str]] = {
-    "residual-shape": ({"residual": numbers(2, 4, 6, 5)}, r"residual.shape is \(2, 4, 6, 5\), expected \(2, 4, 6, 6\).*make"),
+    "residual-shape": (
+        {"residual": numbers(2, 4, 6, 5)}, r"residual.shape is \(2, 4, 6, 5\), expected \(2, 4, 6, 6\).*make",
+    ),
     "residual-rank": ({"residual": numbers(4, 6, 6)}, r"residual.shape is \(4, 6, 6\), expected \(2, 4, 6, 6\)"),
-    "residual-dtype": ({"residual": numbers(*Z).double()}, r"residual is torch.float64, expected .*32.*\.to\(torch.float32"),
+    "residual-dtype": (
+        {"residual": numbers(*Z).double()}, r"residual is torch.float64, expected .*32.*\.to\(torch.float32",
+    ),
     "residual-device": ({"residual": numbers(*Z).to("meta")}, r"residual is on meta, expected cpu.*\.to\('cpu'\)"),
     "residual-layout": (
         {"residual": numbers(*Z).contiguous(memory_format=torch.channels_last)},
@@ -188,7 +192,9 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "residual-expanded": ({"residual": numbers(1, 4, 6, 6).expand(Z)}, r"strides \(0, 36, 6, 1\).*\.contiguous\(\)"),
     "residual-sparse": ({"residual": numbers(*Z).to_sparse()}, r"layout torch.sparse_coo, expected .*to_dense"),
     "bias-length": ({"bias": numbers(3)}, r"bias.shape is \(3,\), expected \(4,\), one number for each output channel"),
-    "activation-unknown": ({"activation": "mish"}, r"activation is 'mish', expected one of none, relu, .*softplus, relu6"),
+    "activation-unknown": (
+        {"activation": "mish"}, r"activation is 'mish', expected one of none, relu, .*softplus, relu6",
+    ),
     "activation-numbers": ({"activation": ("relu", 1.0)}, r"relu got 1 parameters, expected at most: no parameters"),
     "activation-nan": ({"activation": ("elu", math.nan)}, r"elu's alpha is nan, expected a finite number"),
     "activation-true": ({"activation": ("clamp", 0, True)}, r"clamp's high is True, expected a finite number"),
@@ -198,11 +204,16 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "alpha-nan": ({"residual": numbers(*Z), "alpha": math.nan}, r"alpha is nan, expected a finite number"),
     "alpha-infinite": ({"residual": numbers(*Z), "alpha": -math.inf}, r"alpha is -inf, expected a finite number"),
     "alpha-alone": ({"alpha": math.inf}, r"alpha is inf, expected a finite number"),
-    "alpha-tensor": ({"residual": numbers(*Z), "alpha": torch.tensor(2.0)}, r"alpha is tensor\(2.\), expected a finite"),
+    "alpha-tensor": (
+        {"residual": numbers(*Z), "alpha": torch.tensor(2.0)}, r"alpha is tensor\(2.\), expected a finite",
+    ),
+    "alpha-huge": ({"residual": numbers(*Z), "alpha": 10**400}, r"alpha is 10000.*, expected a finite number"),
     "scale-length": ({"scale": numbers(5)}, r"scale.shape is \(5,\), expected \(4,\)"),
     "scale-rank": ({"scale": torch.ones(4, 1, 1)}, r"scale.shape is \(4, 1, 1\), expected \(4,\)"),
     "scale-dtype": ({"scale": torch.ones(4).half()}, r"scale is torch.float16, expected torch.float32.*\.to\("),
-    "scale-zero": ({"scale": torch.tensor([1.0, 0, 1, 0])}, r"scale\[1\] is 0.0, expected finite .* other than 0 \(2 of 4"),
+    "scale-zero": (
+        {"scale": torch.tensor([1.0, 0, 1, 0])}, r"scale\[1\] is 0.0, expected finite .* other than 0 \(2 of 4",
+    ),
     "scale-nan": ({"scale": torch.tensor([1.0, 1, 1, math.nan])}, r"scale\[3\] is nan, expected finite numbers"),
     "scale-infinite": ({"scale": torch.tensor([-math.inf, 1, 1, 1])}, r"scale\[0\] is -inf, expected finite numbers"),
 }  # fmt: skip
@@ -248,7 +259,7 @@ def test_a_scale_that_went_bad_is_seen_on_the_next_call() -> None:
 
 @pytest.mark.parametrize("name", ["residual", "scale"])
 def test_what_is_no_tensor_is_named(name: str) -> None:
-    with pytest.raises(TypeError, match="list.*expected tensors for input, weight, bias, residual and scale"):
+    with pytest.raises(TypeError, match=r"list.*expected tensors for input, weight, bias, residual and scale"):
         convplan.conv2d(numbers(1, 2, 5, 5), numbers(3, 2, 3, 3), **{name: [1.0]})
 
 
@@ -339,8 +350,7 @@ def test_without_any_plan_stock_torch_does_all_of_it_and_says_so_once(parts: tup
     with registered(_Broken()):
         policy = FAST.replace(engines=("broken",))
         with pytest.warns(convplan.ConvPlanWarning, match="stock torch runs this convolution") as caught:
-            y = one.run(convplan, policy=policy)
-            again = one.run(convplan, policy=policy)
+            y, again = (one.run(convplan, policy=policy) for _ in range(2))
         assert len(caught) == 1
     assert worst(y, one.right, one.limit) <= 1
     assert torch.equal(y, again)
@@ -353,8 +363,7 @@ def test_threads_run_the_same_call_side_by_side() -> None:
     found: list[Tensor] = []
 
     def work() -> None:
-        for _ in range(5):
-            found.append(one.run(convplan, policy=FAST))
+        found.extend(one.run(convplan, policy=FAST) for _ in range(5))
 
     threads = [threading.Thread(target=work) for _ in range(4)]
     for thread in threads:
@@ -376,7 +385,7 @@ def test_what_no_problem_describes_is_composed() -> None:
     y = convplan.conv_transpose2d(x, w, b, **arguments, residual=z, alpha=2, activation="relu6", policy=FAST)
     torch.testing.assert_close(y, F.relu6(plain + 2))
     assert convplan.stats()["left_to_torch"] == 1
-    with pytest.raises(SpecError, match="residual.shape"):
+    with pytest.raises(SpecError, match=r"residual\.shape"):
         convplan.conv_transpose2d(x, w, b, **arguments, residual=z[..., :1])
 
 
@@ -384,7 +393,7 @@ def test_tensors_without_memory_have_shapes() -> None:
     x, w, z = (numbers(*dims).to("meta") for dims in ((2, 3, 6, 6), (4, 3, 3, 3), (2, 4, 4, 4)))
     y = convplan.conv2d(x, w, residual=z, activation="gelu", scale=torch.ones(4, device="meta"))
     assert (y.shape, y.device.type) == ((2, 4, 4, 4), "meta")
-    with pytest.raises(SpecError, match="residual.shape"):
+    with pytest.raises(SpecError, match=r"residual\.shape"):
         convplan.conv2d(x, w, residual=z[:1])
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+import torch.utils.checkpoint
 from helpers.calls import call
 from helpers.definition import worst
 from helpers.following import ACTIVATIONS, ALPHA, SUBSETS, Case, built
@@ -181,7 +182,8 @@ def test_the_forward_is_one_plan_where_its_result_is_enough() -> None:
     leaves = [given[name].requires_grad_() for name in ("x", "w", "bias", "residual")]
     for activation, inside in (("relu", "+relu"), ("gelu", "")):
         seen: list[str] = []
-        state.captures = (lambda problem, gradients: seen.append(str(problem)),)
+        note = seen.append
+        state.captures = (lambda problem, gradients, note=note: note(str(problem)),)
         calling("conv2d", activation, ("bias", "residual"))(*leaves).sum().backward()
         assert [text.partition(" ")[0] for text in seen] == [f"fprop+residual*0.75+bias{inside}", "dgrad", "wgrad"]
 
@@ -396,3 +398,37 @@ def test_half_precision_gradients_are_near_those_of_double() -> None:
         scale = one.keywords["scale"].double().view(-1, 1, 1)
         right = torch.nn.grad.conv2d_input(one.x.shape, one.w.double(), slope * scale, **call("2d").arguments)
         torch.testing.assert_close(dx.double(), right, rtol=0.05, atol=0.1)
+
+
+def test_backward_inside_autocast_checkpoints_and_torchs_transforms() -> None:
+    given = operands("conv2d", torch.float32)
+    x, w = given["x"].requires_grad_(), numbers(2, 2, 3, 3, dtype=torch.float32).requires_grad_()
+
+    def block(x: Tensor, w: Tensor) -> Tensor:
+        y = convplan.conv2d(x, w, padding=1, residual=x, activation="sigmoid", policy=FAST)
+        return convplan.conv2d(y, w, padding=1, residual=y, activation="silu", policy=FAST).float().sum()
+
+    def plain(x: Tensor, w: Tensor) -> Tensor:
+        y = torch.sigmoid(F.conv2d(x, w, padding=1) + x)
+        return F.silu(F.conv2d(y, w, padding=1) + y).sum()
+
+    right = torch.autograd.grad(plain(x, w), (x, w))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = torch.autograd.grad(block(x, w), (x, w))
+    for one, two in zip(found, right, strict=True):
+        assert one.dtype == torch.float32
+        torch.testing.assert_close(one, two, rtol=0.05, atol=0.05 * float(two.abs().max()))
+    again = torch.utils.checkpoint.checkpoint(block, x, w, use_reentrant=False)
+    for one, two in zip(torch.autograd.grad(again, (x, w)), right, strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(torch.func.grad(block)(x.detach(), w.detach()), right[0], rtol=1e-4, atol=1e-4)
+
+
+def test_tuning_a_step_tunes_what_is_fused_and_its_gradients() -> None:
+    given = operands("conv2d", torch.float32)
+    x, w = given["x"].requires_grad_(), given["w"].requires_grad_()
+    y = calling("conv2d", "relu", ("bias", "residual"))
+    records = convplan.tune(lambda: y(x, w, given["bias"], given["residual"]), policy=Policy(budget_s=0.02))
+    assert [str(record.problem).partition(" ")[0] for record in records] == [
+        "fprop+residual*0.75+bias+relu", "dgrad", "wgrad",
+    ]  # fmt: skip

@@ -1,4 +1,4 @@
-"""What may follow a convolution as torch computes and differentiates it: `activation=`, and all of an epilogue composed.
+"""What may follow a convolution, as torch computes and differentiates it: `activation=`, and an epilogue composed.
 
 Two families. The derivative of some activations can be had from their output alone, so that what a fused plan writes is
 enough for the backward pass (`FROM_OUTPUT`). The others need what went in, which a fused plan never writes: with
@@ -18,7 +18,7 @@ from convplan._errors import SpecError
 
 Tensor = torch.Tensor
 Activation = str | Sequence[str | float] | None
-"""A name of `ACTIVATIONS` or `ALIASES`, or (name, *numbers), or None. `hardtanh` takes its bounds here, low and high."""
+"""A name of `ACTIVATIONS` or `ALIASES`, or (name, *numbers), or None. `hardtanh` takes bounds here, low and high."""
 
 _aten = torch.ops.aten
 
@@ -107,7 +107,7 @@ def resolve(activation: Activation) -> Resolved:
         name, hard = "clamp", True
     else:
         hard = name in _HARDTANH
-    as_fused = Epilogue(activation=name, parameters=tuple(numbers))  # type: ignore[arg-type]
+    as_fused = Epilogue(activation=name, parameters=tuple(numbers))
     return Resolved("hardtanh" if hard else as_fused.activation, as_fused.parameters)
 
 

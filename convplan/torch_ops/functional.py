@@ -1,5 +1,5 @@
-"""`conv1d` … `conv_transpose3d`: torch's functional convolutions, planned, with a policy, `out=` and asymmetric
-padding.
+"""`conv1d` … `conv_transpose3d`: torch's functional convolutions, planned, with a policy, `out=`, asymmetric padding,
+and what follows the convolution (residual, scale, activation), which is `fused`'s business.
 
 They need no `enable()`. Gradients of every order go through convplan too: fprop, dgrad and wgrad are each linear in
 both inputs, and the gradient of each is made of the other two (`Linear`).
@@ -53,7 +53,7 @@ def conv1d(
     groups: int = 1,
     *,
     residual: Tensor | None = None,
-    alpha: float = 1.0,
+    alpha: float = 1,
     activation: Activation = None,
     scale: Tensor | None = None,
     policy: Policy | None = None,
@@ -76,7 +76,7 @@ def conv2d(
     groups: int = 1,
     *,
     residual: Tensor | None = None,
-    alpha: float = 1.0,
+    alpha: float = 1,
     activation: Activation = None,
     scale: Tensor | None = None,
     policy: Policy | None = None,
@@ -92,14 +92,24 @@ def conv2d(
         padding: a number, `"same"`, `"valid"`, or one entry for each spatial dimension, each a number or a
             (before, after) pair. Pairs cost no copy where the engine takes them.
         groups: divides C and K.
+        residual: added to the convolution, times `alpha`. It has the result's shape, dtype, device and layout.
+        alpha: a finite number; without a residual it multiplies nothing.
+        activation: what comes last: `"relu"`, `"leaky_relu"`, `"clamp"`, `"relu6"`, `"hardtanh"`, `"gelu"`,
+            `"gelu_tanh"`, `"silu"`, `"sigmoid"`, `"tanh"`, `"hardswish"`, `"elu"`, `"softplus"`, `"none"`; or a name
+            and its numbers, `("leaky_relu", 0.2)`, in the order of torch's own functions.
+        scale: (K,), float32 (float64 for float64 tensors, under autocast too); finite and not 0. Multiplies the
+            convolution, before anything is added. Its numbers are looked at in each call on a CPU, and on a GPU once
+            for each kind of call, because that waits for the GPU.
         policy: the rules for this call; None: those of `enable()`, else the defaults.
-        out: a tensor of the result's shape and dtype to write into, with any strides; not together with gradients.
+        out: a tensor of the result's shape and dtype to write into, with any strides; not together with gradients. It
+            may be the residual itself.
 
     Returns:
-        (N, K, P, Q), channels-last when input or weight suggests it, as in torch; `out` itself when given.
+        `activation(scale * convolution + alpha * residual + bias)`, (N, K, P, Q), channels-last when input or weight
+        suggests it, as in torch; `out` itself when given.
 
     Raises:
-        SpecError: arguments that do not fit together.
+        SpecError: arguments that do not fit together, or an activation that is not known.
         ReplayMiss: the policy says `mode="replay"` and the store lacks the problem.
         PolicyError: the policy names an engine that is not registered.
     """
@@ -119,7 +129,7 @@ def conv3d(
     groups: int = 1,
     *,
     residual: Tensor | None = None,
-    alpha: float = 1.0,
+    alpha: float = 1,
     activation: Activation = None,
     scale: Tensor | None = None,
     policy: Policy | None = None,
@@ -143,7 +153,7 @@ def conv_transpose1d(
     dilation: Ints = 1,
     *,
     residual: Tensor | None = None,
-    alpha: float = 1.0,
+    alpha: float = 1,
     activation: Activation = None,
     scale: Tensor | None = None,
     policy: Policy | None = None,
@@ -167,7 +177,7 @@ def conv_transpose2d(
     dilation: Ints = 1,
     *,
     residual: Tensor | None = None,
-    alpha: float = 1.0,
+    alpha: float = 1,
     activation: Activation = None,
     scale: Tensor | None = None,
     policy: Policy | None = None,
@@ -183,7 +193,7 @@ def conv_transpose2d(
         padding: a number, or one entry for each spatial dimension, each a number or a (before, after) pair: how much
             is cut off the result on each side.
         output_padding: rows added behind, less than the stride or the dilation.
-        groups, policy, out: as in `conv2d`.
+        groups, residual, alpha, activation, scale, policy, out: as in `conv2d`.
 
     Returns:
         (N, K, P, Q) with P = (H - 1) * stride - before - after + dilation * (R - 1) + output_padding + 1.
@@ -208,7 +218,7 @@ def conv_transpose3d(
     dilation: Ints = 1,
     *,
     residual: Tensor | None = None,
-    alpha: float = 1.0,
+    alpha: float = 1,
     activation: Activation = None,
     scale: Tensor | None = None,
     policy: Policy | None = None,
@@ -245,7 +255,7 @@ def _convolution(
     What has to be worked out from the arguments is worked out once, in `_new_caller`.
     """
     raw = (stride, padding, dilation, transposed, output_padding, groups)
-    if not (residual is activation is scale is None and alpha == 1):
+    if not (residual is None and activation is None and scale is None and alpha == 1):
         return fused(spatial, input, weight, bias, raw, policy, out, residual, alpha, activation, scale)
     if _is_compiling():
         return traced(input, weight, bias, arguments(spatial, weight, *raw), policy, out)

@@ -84,7 +84,7 @@ def fused(
         args = arguments(spatial, weight, *raw)
         return traced_fused(input, weight, bias, residual, scale, args, alpha, activation, policy, out)
     if type(alpha) is not float:
-        alpha = _number(alpha)
+        alpha = 1.0 if type(alpha) is int and alpha == 1 else _number(alpha)
     if activation is not None and type(activation) is not str:
         activation = _activation_key(activation)
     try:
@@ -132,7 +132,10 @@ def fused(
 
 def _number(alpha: object) -> float:
     """Raises SpecError: it is no finite number."""
-    return Epilogue(residual=True, alpha=alpha).alpha  # type: ignore[arg-type]
+    try:
+        return Epilogue(residual=True, alpha=alpha).alpha  # type: ignore[arg-type]
+    except OverflowError as exc:
+        raise SpecError(f"alpha is {alpha!r:.40}…, expected a finite number") from exc
 
 
 def _activation_key(activation: Activation) -> Any:
@@ -360,6 +363,7 @@ class Fused(torch.autograd.Function):
         residual: Tensor | None,
         scale: Tensor | None,
     ) -> Tensor:
+        """One plan."""
         y = step.run(input, weight, bias, None, residual, scale)
         ctx.step = step
         ctx.save_for_backward(input, weight, scale, None if step.activation == NONE else y)
@@ -367,6 +371,7 @@ class Fused(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        """The activation's derivative, and before dgrad and wgrad the scale."""
         step: _Step = ctx.step
         input, weight, scale, y = ctx.saved_tensors
         need_input, need_weight, need_bias, need_residual = ctx.needs_input_grad[1:5]

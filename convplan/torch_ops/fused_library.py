@@ -136,7 +136,7 @@ def _new(given: Given, alpha: float, activation: Resolved, geometry: Any) -> Run
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, w, bias, residual, scale, alpha, name, parameters, *geometry = inputs
+    x, w, _, _, scale, alpha, name, parameters, *geometry = inputs
     activation = _activation(name, parameters)
     if ctx.needs_input_grad[4] or not activation.from_output:
         what = "the scale" if ctx.needs_input_grad[4] else f"activation {name}{tuple(parameters)}"

@@ -91,8 +91,8 @@ def check_following(
         raise SpecError(f"residual has layout {residual.layout}, expected torch.strided; use .to_dense()")
     if residual.dim() != len(dims) or any(have != want for have, want in zip(residual.shape, dims, strict=True)):
         raise SpecError(
-            f"residual.shape is {tuple(residual.shape)}, expected {tuple(dims)}, the result's; make it so with .expand() "
-            f"and .contiguous(), or .reshape()"
+            f"residual.shape is {tuple(residual.shape)}, expected {tuple(dims)}, the result's; make it so with "
+            f".expand() and .contiguous(), or .reshape()"
         )
 
 
@@ -110,8 +110,8 @@ def _check_layout(residual: Tensor, spec: TensorSpec, batched: bool) -> None:
         fix = fix if batched else f".unsqueeze(0){fix}.squeeze(0)"
     found, expected = (residual.stride(), spec.strides) if batched else (residual.stride()[1:], spec.strides[1:])
     raise SpecError(
-        f"residual has strides {tuple(found)}, expected {tuple(expected)}: the result is {kind} here, and a residual has "
-        f"its layout; use residual{fix}"
+        f"residual has strides {tuple(found)}, expected {tuple(expected)}: the result is {kind} here, and a residual "
+        f"has its layout; use residual{fix}"
     )
 
 
@@ -197,6 +197,7 @@ class FusedCaller:
         residual: Tensor | None,
         scale: Tensor | None,
     ) -> Tensor:
+        """The result; in `out`, which shares no memory with the others, where that is given."""
         runner = self._runner
         if runner is not None:
             if not runner.settled:

@@ -71,6 +71,7 @@ class Caller:
         return cls(problem, planned_runner(problem, policy, device, second, gradients))
 
     def __call__(self, first: Tensor, second: Tensor, bias: Tensor | None, out: Tensor | None) -> Tensor:
+        """The result; in `out`, where that is given."""
         if self._runner is not None:
             if not self._runner.settled:
                 self._runner.layer = layer_of(self._problem.op, second)
@@ -163,6 +164,7 @@ class Linear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, op: Op, first: Tensor, second: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:
+        """The operation `op` of its two inputs, in the order of `Plan.run`."""
         ctx.save_for_backward(first, second)
         ctx.op, ctx.geometry, ctx.has_bias = op, geometry, bias is not None
         # Only the user's own call is a forward whose gradients may follow; wgrad never is.
@@ -171,6 +173,7 @@ class Linear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[None, Tensor | None, Tensor | None, Tensor | None, None]:
+        """The other two operations."""
         grad = grads[0]
         first, second = ctx.saved_tensors
         need_first, need_second, need_bias = ctx.needs_input_grad[1:4]

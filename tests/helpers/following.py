@@ -1,4 +1,4 @@
-"""What may follow a convolution, by its definition in float64, and how far rounding may lead; cases that cover pairs."""
+"""What may follow a convolution, by its definition in float64, how far rounding may lead, and cases for both."""
 
 from __future__ import annotations
 
@@ -28,7 +28,9 @@ ACTIVATIONS: dict[str, tuple[Activation, Callable[[Tensor], Tensor], float]] = {
     "hardtanh": ("hardtanh", lambda t: t.clamp(-1, 1), 1.0),
     "hardtanh-wide": (("hardtanh", -0.5, 2), lambda t: t.clamp(-0.5, 2), 1.0),
     "gelu": ("gelu", lambda t: t * (1 + torch.erf(t / math.sqrt(2))) / 2, 1.13),
-    "gelu-tanh": ("gelu_tanh", lambda t: t * (1 + torch.tanh(math.sqrt(2 / math.pi) * (t + 0.044715 * t**3))) / 2, 1.13),
+    "gelu-tanh": (
+        "gelu_tanh", lambda t: t * (1 + torch.tanh(math.sqrt(2 / math.pi) * (t + 0.044715 * t**3))) / 2, 1.13,
+    ),
     "silu": ("silu", lambda t: t / (1 + torch.exp(-t)), 1.1),
     "swish": ("swish", lambda t: t / (1 + torch.exp(-t)), 1.1),
     "sigmoid": ("sigmoid", lambda t: 1 / (1 + torch.exp(-t)), 0.25),

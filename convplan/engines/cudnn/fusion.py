@@ -135,18 +135,14 @@ def fusion_of(problem: Problem, specialised: bool) -> Fusion:
 
 def _general(line: _Line, problem: Problem) -> None:
     epilogue = problem.epilogue
+    residual = line.residual_times_alpha(epilogue) if epilogue.residual else ""
     if is_specialised(problem) and epilogue.bias and not epilogue.residual:
         line.add(_Mode.IDENTITY)
     if epilogue.scale:
         line.add(_Mode.MUL, line.vector("s", problem.scale_dtype, SCALE_ALIGNMENT_BYTES))
     if epilogue.bias:
         line.add(_Mode.ADD, line.vector("b", problem.bias_dtype, epilogue.bias_alignment_bytes))
-    if epilogue.residual:
-        residual = line.residual(epilogue)
-        if epilogue.alpha != 1:
-            times = line.virtual_tensor()
-            line.nodes.append(Node(_Mode.MUL, residual, line.constant(epilogue.alpha), times))
-            residual = times
+    if residual:
         line.add(_Mode.ADD, residual)
 
 
@@ -186,6 +182,14 @@ class _Line:
     def residual(self, epilogue: Epilogue) -> str:
         self.given["z"] = msgspec.structs.replace(self._output, alignment_bytes=epilogue.residual_alignment_bytes)
         return "z"
+
+    def residual_times_alpha(self, epilogue: Epilogue) -> str:
+        """A node that waits for nothing: cuDNN puts it before all others, so it is made before them."""
+        residual = self.residual(epilogue)
+        if epilogue.alpha == 1:
+            return residual
+        self.nodes.append(Node(_Mode.MUL, residual, self.constant(epilogue.alpha), times := self.virtual_tensor()))
+        return times
 
     def vector(self, letter: str, dtype: str, alignment_bytes: int) -> str:
         """One number for each channel, broadcast over the rest."""

@@ -93,10 +93,9 @@ _READERS: dict[str, Reader] = {
     "b": lambda z, b, s: (b.data_ptr(),),
     "s": lambda z, b, s: (s.data_ptr(),),
     "zb": lambda z, b, s: (z.data_ptr(), b.data_ptr()),
-    "bz": lambda z, b, s: (b.data_ptr(), z.data_ptr()),
+    "zs": lambda z, b, s: (z.data_ptr(), s.data_ptr()),
     "sb": lambda z, b, s: (s.data_ptr(), b.data_ptr()),
-    "sz": lambda z, b, s: (s.data_ptr(), z.data_ptr()),
-    "sbz": lambda z, b, s: (s.data_ptr(), b.data_ptr(), z.data_ptr()),
+    "zsb": lambda z, b, s: (z.data_ptr(), s.data_ptr(), b.data_ptr()),
 }
 
 
