@@ -97,11 +97,11 @@ def doctor(
 @app.command()
 @command
 def demo(
-    workloads: Annotated[list[str] | None, typer.Argument(metavar="[resnet] [convnext] [reverb]")] = None,
+    workloads: Annotated[list[str] | None, typer.Argument(metavar="[resnet] [convnext] [reverb] [fusion]")] = None,
     budget_s: Annotated[float, typer.Option("--budget-s", min=0.01, help="For racing one problem's candidates.")] = 0.4,
     as_json: AsJson = False,
 ) -> Result:
-    """Run a photograph through two image models and an echo over a tune, stock torch beside convplan."""
+    """Run a photograph through image models and an echo over a tune, stock torch beside convplan."""
     from convplan.cli import planning
     from convplan.cli.demo import WORKLOADS
 

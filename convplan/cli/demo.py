@@ -1,8 +1,9 @@
-"""`convplan demo`: a photograph through two image models, and a room's echo on a tune, stock torch beside convplan.
+"""`convplan demo`: a photograph through three image models, and a room's echo on a tune, stock torch beside convplan.
 
 Real input and real architectures, so that what it prints is what a user may expect: a table for each workload, a line
 for each of its convolutions, then the time of the whole. Plans are found once and stored; the second run finds them
-there. Weights are random: that changes what the models say, not what their convolutions cost.
+there. Weights are random: that changes what the models say, not what their convolutions cost. The workload `fusion`
+compares eager torch with what `convplan.fuse` makes of a model, and with single layers fused with what follows them.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import statistics
 import time
 from collections import Counter
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import msgspec
 
@@ -29,7 +30,7 @@ SAMPLE_RATE_HZ = 44_100
 MUSIC_S = 4.0
 ECHO_TAPS = 32_768  # 0.74 s
 WHOLE_ROUNDS = 5
-WORKLOADS = ("resnet", "convnext", "reverb")
+WORKLOADS = ("resnet", "convnext", "reverb", "fusion")
 
 Progress = Callable[[str, int, int], object]
 """Told (workload, problems done, problems in all)."""
@@ -77,12 +78,25 @@ class Outcome(msgspec.Struct, frozen=True, kw_only=True):
     from_store: int
 
 
-class _Work:
-    """A workload: whole pieces of work to time, and a callable that runs each of its convolutions."""
+class _Sides(NamedTuple):
+    """One piece of work as stock torch does it, and as it is done under convplan."""
 
-    def __init__(self, title: str, whole: dict[str, Callable[[], object]]) -> None:
+    stock: Callable[[], object]
+    convplan: Callable[[], object]
+
+
+class _Work:
+    """A workload: whole pieces of work to time, of which the last runs all convolutions, and layers besides.
+
+    A piece that is one callable is the same on both sides.
+    """
+
+    def __init__(
+        self, title: str, whole: dict[str, Callable[[], object] | _Sides], layers: tuple[Problem, ...] = ()
+    ) -> None:
         self.title = title
-        self.whole = whole
+        self.whole = {what: one if isinstance(one, _Sides) else _Sides(one, one) for what, one in whole.items()}
+        self.layers = layers
 
 
 def run_demo(
@@ -101,7 +115,7 @@ def run_demo(
     from convplan import Policy
 
     policy = Policy(budget_s=budget_s)
-    makers = {"resnet": _resnet, "convnext": _convnext, "reverb": _reverb}
+    makers = {"resnet": _resnet, "convnext": _convnext, "reverb": _reverb, "fusion": _fusion}
     return [_run(name, makers[name](), policy, progress) for name in names]
 
 
@@ -119,7 +133,7 @@ def _run(name: str, work: _Work, policy: Policy, progress: Progress | None) -> O
     records = convplan.tune(uses, policy=policy, progress=planned)
     planning_s = time.perf_counter() - begin
     seen = convplan.stats(reset=True)
-    totals = tuple(_time_whole(what, call, policy) for what, call in work.whole.items())
+    totals = tuple(_time_whole(what, sides, policy) for what, sides in work.whole.items())
     layers = tuple(_layer(record, uses[record.problem]) for record in records)
     return Outcome(
         workload=name,
@@ -138,8 +152,8 @@ def _count_uses(work: _Work) -> Counter[Problem]:
 
     *_, largest = work.whole.values()
     with convplan.enabled(convplan.Policy(effort="instant")), convplan.capture() as seen:
-        largest()
-    return Counter(seen.calls)
+        largest.convplan()
+    return Counter(seen.calls) + Counter(work.layers)
 
 
 def _layer(record: PlanRecord, uses: int) -> Layer:
@@ -156,20 +170,20 @@ def _layer(record: PlanRecord, uses: int) -> Layer:
     )
 
 
-def _time_whole(what: str, call: Callable[[], object], policy: Policy) -> Total:
+def _time_whole(what: str, sides: _Sides, policy: Policy) -> Total:
     """The median of alternating rounds, after one run of each side. Very long work gets fewer rounds."""
     import convplan
 
     def ours() -> float:
         with convplan.enabled(policy):
-            call()  # entering has emptied this thread's ready plans; finding them again is not the work
-            return _seconds(call)
+            sides.convplan()  # entering has emptied this thread's ready plans; finding them again is not the work
+            return _seconds(sides.convplan)
 
-    call()
-    stock_s, ours_s = [_seconds(call)], [ours()]
+    sides.stock()
+    stock_s, ours_s = [_seconds(sides.stock)], [ours()]
     rounds = max(1, min(WHOLE_ROUNDS, math.ceil(10 / (stock_s[0] + 2 * ours_s[0]))))
     for _ in range(rounds - 1):
-        stock_s.append(_seconds(call))
+        stock_s.append(_seconds(sides.stock))
         ours_s.append(ours())
     return Total(
         what=what,
@@ -294,3 +308,48 @@ def _reverb() -> _Work:
 
     title = f"Convolution reverb, {MUSIC_S:g} s of stereo at {SAMPLE_RATE_HZ} Hz, {ECHO_TAPS} taps"
     return _Work(title, {"reverb": wet})
+
+
+# What models put behind their convolutions: (model, input, weight, keywords of `Problem.dense`, epilogue).
+FUSED_LAYERS: tuple[tuple[str, tuple[int, ...], tuple[int, ...], dict[str, Any], str], ...] = (
+    ("ResNet", (1, 64, 56, 56), (64, 64, 3, 3), {"padding": 1}, "residual+bias+relu"),
+    ("ResNet", (1, 64, 56, 56), (64, 64, 3, 3), {"padding": 1, "layout": "channels_last"}, "residual+bias+relu"),
+    ("ResNet", (1, 64, 56, 56), (256, 64, 1, 1), {"layout": "channels_last"}, "residual+bias+relu"),
+    ("MobileNetV2", (1, 96, 56, 56), (96, 1, 3, 3), {"padding": 1, "groups": 96}, "bias+clamp(0,6)"),
+    ("MobileNetV3", (1, 240, 28, 28), (240, 1, 3, 3), {"padding": 1, "groups": 240}, "bias+hardswish"),
+    ("diffusion U-Net", (1, 128, 64, 64), (128, 128, 3, 3), {"padding": 1}, "bias+silu"),
+    ("wav2vec 2.0", (1, 512, 3199), (512, 512, 3), {"stride": 2}, "bias+gelu"),
+)
+
+
+def fused_layers() -> tuple[Problem, ...]:
+    """The problems of `FUSED_LAYERS`, in float32."""
+    from convplan._epilogue import parse_epilogue
+    from convplan._problem import Problem
+
+    return tuple(
+        Problem.dense("fprop", x_dims, w_dims, epilogue=parse_epilogue(text), **keywords)
+        for _, x_dims, w_dims, keywords, text in FUSED_LAYERS
+    )
+
+
+def _fusion() -> _Work:
+    import torch
+    from transformers import ResNetConfig, ResNetForImageClassification
+
+    import convplan
+
+    sizes = {"layer_type": "basic", "hidden_sizes": [64, 128, 256, 512], "depths": [2, 2, 2, 2]}
+    model = _seeded(lambda: ResNetForImageClassification(ResNetConfig(num_labels=1000, **sizes))).eval()
+    images = photographs(1)
+    fused = convplan.fuse(model)
+
+    def forward(one: Any) -> Callable[[], object]:
+        def call() -> object:
+            with torch.no_grad():
+                return one(pixel_values=images)
+
+        return call
+
+    title = f"Fusion: ResNet-18 as it is and fused, 1x3x{IMAGE_SIZE}x{IMAGE_SIZE}, float32, and layers of other models"
+    return _Work(title, {"forward, fused": _Sides(forward(model), forward(fused))}, fused_layers())

@@ -144,6 +144,12 @@ def _refusal(problem: Problem) -> str:
     return ""
 
 
+def activation_is_fused(problem: Problem) -> bool:
+    """Whether oneDNN ends with a supported problem's activation, rather than one of torch's kernels behind it."""
+    ends = ("none", "relu") if problem.epilogue.residual else POST_OPS
+    return problem.epilogue.activation in ends
+
+
 def _fuses(problem: Problem, layout: Layout) -> bool:
     """Whether a configuration fuses anything: torch has oneDNN add a residual only where it works channels-last.
 
@@ -203,7 +209,7 @@ def _run(problem: Problem, layout: Layout, compute: Compute) -> Run:
     flat, whole = problem.spatial_rank == 1, problem
     problem = lift(problem) if flat else problem
     padding = SplitPadding(problem.padding)
-    core, behind = _core(problem, whole, layout, compute, padding)
+    core, behind = _core(problem, padding), not activation_is_fused(problem)
     last = torch.channels_last if problem.spatial_rank == 2 else torch.channels_last_3d
     wanted = {
         Layout.AS_GIVEN: torch.preserve_format,
@@ -247,45 +253,29 @@ def _run(problem: Problem, layout: Layout, compute: Compute) -> Run:
     return cast(Run, run)
 
 
-def _core(
-    problem: Problem, whole: Problem, layout: Layout, compute: Compute, padding: SplitPadding
-) -> tuple[Core, bool]:
-    """The call that is made, and whether the activation is left to be done behind it."""
-    epilogue = problem.epilogue
-    post = POST_OPS.get(epilogue.activation)
-    name, variant = post or PostOp("none")
-    numbers = list(epilogue.parameters) if post else []
-    stride, dilation, groups, symmetric = (
-        list(problem.stride),
-        list(problem.dilation),
-        problem.groups,
-        padding.symmetric,
-    )
-    if problem.op == "dgrad":
-        outer = output_padding(problem, padding.grown_dims(problem.x.dims), symmetric)
-        transposed = torch.ops.mkldnn._convolution_transpose_pointwise.default
-        return (
-            lambda y, w, bias, _: transposed(
-                y, w, bias, symmetric, outer, stride, dilation, groups, name, numbers, variant
-            )
-        ), post is None
-    if not epilogue.residual:
+def _core(problem: Problem, padding: SplitPadding) -> Core:
+    """The call that is made."""
+    epilogue, symmetric = problem.epilogue, padding.symmetric
+    fused = epilogue.activation if activation_is_fused(problem) else "none"
+    if epilogue.residual:
+        return _adding(problem, symmetric, None if fused == "none" else fused)
+    name, variant = POST_OPS[fused]
+    numbers = list(epilogue.parameters) if fused == epilogue.activation else []
+    stride, dilation, groups = list(problem.stride), list(problem.dilation), problem.groups
+    if problem.op == "fprop":
         forward = torch.ops.mkldnn._convolution_pointwise.default
-        return (
-            lambda x, w, bias, _: forward(x, w, bias, symmetric, stride, dilation, groups, name, numbers, variant)
-        ), post is None
-    relu = epilogue.activation == "relu"
-    return _adding(problem, symmetric, "relu" if relu else None), epilogue.activation != "none" and not relu
+        return lambda x, w, bias, _: forward(x, w, bias, symmetric, stride, dilation, groups, name, numbers, variant)
+    outer = output_padding(problem, padding.grown_dims(problem.x.dims), symmetric)
+    transposed = torch.ops.mkldnn._convolution_transpose_pointwise.default
+    return lambda y, w, bias, _: transposed(
+        y, w, bias, symmetric, outer, stride, dilation, groups, name, numbers, variant
+    )
 
 
 def _adding(problem: Problem, padding: list[int], ending: str | None) -> Core:
     """Convolution, residual and an ending: read where it is, or, with a factor, copied into what becomes the result."""
-    stride, dilation, groups, alpha = (
-        list(problem.stride),
-        list(problem.dilation),
-        problem.groups,
-        problem.epilogue.alpha,
-    )
+    stride, dilation, groups = list(problem.stride), list(problem.dilation), problem.groups
+    alpha = problem.epilogue.alpha
     add = torch.ops.mkldnn._convolution_pointwise.binary
     add_to = torch.ops.mkldnn._convolution_pointwise_.binary
 
