@@ -1,13 +1,15 @@
 #!/usr/bin/env bash
 # Everything that needs a GPU, in one call: cheap checks, then tests, then benchmarks, each step with a hard timeout.
 #
-#     scripts/gpu.sh [check] [tests] [bench] [search] [l2]      # the first three by default
+#     scripts/gpu.sh [check] [tests] [bench] [search] [l2] [host] [memory] [models] [fused] [fusedmodels]
 #
-# Writes to $OUT (default: benchmarks/results/gpu): summary.txt (machine, one line a step), logs.txt (their output),
+# The first three by default. # Writes to $OUT (default: benchmarks/results/gpu): summary.txt (machine, one line a step), logs.txt (their output),
 # gpu_findings.json (every plan that ran), the engine's raw numbers and table, gpu.json and gpu.md, and the search's,
-# search.json and search.md, and what the state of the second-level cache foretells, l2_state.json and l2_state.md. Ends with short tables and a line `N passed, N failed`; exit 1 if anything failed.
+# search.json and search.md, what the state of the second-level cache foretells, l2_state.json and l2_state.md; and each
+# further benchmark's, by its own name. Ends with short tables and a line `N passed, N failed`; exit 1 if anything failed.
 #
-# TEST_SECONDS, BENCH_SECONDS and SEARCH_SECONDS limit each step; SEARCH_OPTIONS go to benchmarks/run_search.py. With two
+# TEST_SECONDS, BENCH_SECONDS, SEARCH_SECONDS and so on limit each step; SEARCH_OPTIONS go to benchmarks/run_search.py, and
+# HOST_OPTIONS, MEMORY_OPTIONS, MODELS_OPTIONS, FUSED_OPTIONS and FUSEDMODELS_OPTIONS to their scripts. With two
 # GPUs, SEARCH_OPTIONS_1 are for a second run of it at the same time, on the second one; their tables become one.
 set -u -o pipefail
 cd "$(dirname "$0")/.."
@@ -114,14 +116,30 @@ for part in $parts; do
     l2)
         step l2_state "${L2_SECONDS:-300}" "$PYTHON" benchmarks/l2_state.py --models "${L2_MODELS:-resnet50,resnet18}"
         ;;
+    # shellcheck disable=SC2086 # options are words
+    host)
+        step host_cost "${HOST_SECONDS:-120}" "$PYTHON" benchmarks/host_cost.py --parts hits,profile ${HOST_OPTIONS:-}
+        ;;
+    memory)
+        step memory "${MEMORY_SECONDS:-200}" "$PYTHON" benchmarks/memory.py ${MEMORY_OPTIONS:-}
+        ;;
+    models)
+        step models "${MODELS_SECONDS:-500}" "$PYTHON" benchmarks/run_models.py ${MODELS_OPTIONS:-}
+        ;;
+    fused)
+        step fused "${FUSED_SECONDS:-200}" "$PYTHON" benchmarks/fused.py ${FUSED_OPTIONS:-}
+        ;;
+    fusedmodels)
+        step fused_models "${FUSEDMODELS_SECONDS:-400}" "$PYTHON" benchmarks/fused_models.py ${FUSEDMODELS_OPTIONS:-}
+        ;;
     *)
-        echo "unknown part '$part', expected check, tests, bench, search or l2" >&2
+        echo "unknown part '$part', see the top of this script" >&2
         exit 2
         ;;
     esac
 done
 
-for table in gpu search l2_state; do
+for table in gpu search l2_state host_cost memory models fused fused_models; do
     [ -f "$OUT/$table.md" ] && sed -n '1,30p' "$OUT/$table.md"
 done
 echo "$passed passed, $failed failed" | tee -a "$OUT/summary.txt"

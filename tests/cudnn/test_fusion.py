@@ -533,3 +533,33 @@ def test_strided_inputs_are_copied_in_each_form(cudnn: CudnnEngine) -> None:
     found = Counter((one.config.knob("dense"), form_of(one.config)) for one in cudnn.configs(strided, "measure"))
     assert {(1, SPECIALISED), (1, GENERAL)} <= set(found)
     assert engines.OURS == ("dense", "fused")
+
+
+# ---- a bias alone
+
+
+@pytest.mark.behaviour("B30")
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+@pytest.mark.parametrize("layout", ["channels_last", "contiguous"])
+def test_a_bias_alone_is_added_by_what_is_ready_made(dtype: str, layout: str, cudnn: CudnnEngine) -> None:
+    problem = small(epilogue=Epilogue(bias=True), dtype=dtype, layout=layout)
+    adding = [one for one in cudnn.configs(problem, "measure") if form_of(one.config) == SPECIALISED]
+    allowed = [one for one in adding if not one.refused]
+    assert allowed
+    assert all(COMPILED not in one.notes.behavior for one in allowed)
+    plan = cudnn.build_execution_plan(problem, allowed[0].config)
+    data = plan.serialize()
+    assert cudnn.restore_execution_plan(problem, allowed[0].config, data).serialize() == data
+    bias = fusion_of(problem, specialised=True).given["b"]
+    assert bias.alignment_bytes == (4 if dtype == "float32" else 2), "a problem does not say how its bias is aligned"
+
+
+@pytest.mark.parametrize(
+    "changes", [{"op": "dgrad"}, {"dtype": "float64"}, {"epilogue": Epilogue()}], ids=["dgrad", "float64", "no-bias"]
+)
+def test_what_has_no_such_engine_keeps_the_convolution_alone(changes: dict[str, Any], cudnn: CudnnEngine) -> None:
+    problem = small(**{"epilogue": Epilogue(bias=True), **changes})
+    assert {form_of(one.config) for one in cudnn.configs(problem, "measure")} == {0}
+    config = EngineConfig.of("cudnn", engine=0, fused=SPECIALISED)
+    with pytest.raises(PlanRejected, match="fused=2"):
+        cudnn.build(problem, config, Policy())

@@ -238,3 +238,29 @@ def test_a_restored_plan_gives_the_same_bits(form: int) -> None:
     inputs = Verifier(problem, CUDA).random
     again = CudnnEngine().restore(problem, config, Policy(), built.serialize())
     assert torch.equal(inputs.given_to(again.run), inputs.given_to(built.run))
+
+
+@pytest.mark.parametrize(("dtype", "layout"), itertools.product(FLOATS, ("channels_last", "contiguous")))
+def test_a_bias_alone_is_added_in_the_same_kernel(dtype: str, layout: str, findings: dict[str, Any]) -> None:
+    problem = small("fprop", dtype, layout, Epilogue(bias=True))
+    ready = [one for one in some(problem, SPECIALISED) if COMPILED not in one.notes.behavior]
+    findings[f"fused-bias-{dtype}-{layout}"] = check(problem, ready)
+
+
+def test_a_bias_alone_may_lie_anywhere() -> None:
+    """With gaps, or at an address that only its own size divides, as a view of a flat parameter does."""
+    problem = small("fprop", "float16", "channels_last", Epilogue(bias=True))
+    verifier = Verifier(problem, CUDA)
+    first, second, bias = verifier.random[:3]
+    assert bias is not None
+    apart = torch.empty(2 * len(bias), dtype=bias.dtype, device=CUDA)[::2].copy_(bias)
+    shifted = torch.empty(len(bias) + 1, dtype=bias.dtype, device=CUDA)[1:].copy_(bias)
+    for one in some(problem, SPECIALISED)[:6]:
+        if COMPILED in one.notes.behavior:
+            continue
+        built = CudnnEngine().build(problem, one.config, Policy())
+        assert built.bind is not None
+        for run in (built.run, built.bind()):
+            right = run(first, second, bias, None)
+            for other in (apart, shifted):
+                assert torch.equal(run(first, second, other, None), right)
