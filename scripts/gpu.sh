@@ -3,7 +3,8 @@
 #
 #     scripts/gpu.sh [check] [tests] [bench] [search] [l2] [host] [memory] [models] [fused] [fusedmodels]
 #
-# The first three by default. # Writes to $OUT (default: benchmarks/results/gpu): summary.txt (machine, one line a step), logs.txt (their output),
+# The first three by default. Writes to $OUT (default: benchmarks/results/gpu): summary.txt (machine, one line a step),
+# logs.txt (their output),
 # gpu_findings.json (every plan that ran), the engine's raw numbers and table, gpu.json and gpu.md, and the search's,
 # search.json and search.md, what the state of the second-level cache foretells, l2_state.json and l2_state.md; and each
 # further benchmark's, by its own name. Ends with short tables and a line `N passed, N failed`; exit 1 if anything failed.
