@@ -31,10 +31,11 @@ WARM = """
 import json, sys, time
 begin = time.perf_counter()
 import convplan
-for line in json.load(sys.stdin):
-    convplan.plan(convplan.Problem.parse(line), convplan.Policy(allow_tf32=True)).build()
+for line, tf32 in json.load(sys.stdin):
+    convplan.plan(convplan.Problem.parse(line), convplan.Policy(allow_tf32=tf32)).build()
 stats = convplan.stats()
-print(json.dumps({"seconds": time.perf_counter() - begin, **{name: stats[name] for name in ("tuned", "compiled", "from_store", "restored")}}))
+names = ("tuned", "compiled", "from_store", "restored")
+print(json.dumps({"seconds": time.perf_counter() - begin, **{name: stats[name] for name in names}}))
 """
 
 
@@ -44,6 +45,7 @@ def main() -> None:
     parser.add_argument("--only-suite", default="dense")
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
     parser.add_argument("--epilogues", default="residual+bias+relu", help="comma between them")
+    parser.add_argument("--stages", type=int, default=0, help="of so many problems, also what each further step adds")
     parser.add_argument("--seconds", type=float, default=0.5, help="rounds of one problem")
     parser.add_argument("--limit-s", type=float, default=1e9, help="stop, and write what there is")
     parser.add_argument("--every", type=int, default=1)
@@ -57,12 +59,11 @@ def main() -> None:
 
 def run(options: argparse.Namespace) -> None:
     from convplan._bench_processes import Bench, BenchOptions
-    from convplan._epilogue import parse_epilogue
     from convplan._policy import Policy
 
     begin = time.perf_counter()
-    raw: dict[str, Any] = {"commit": commit(), "rows": [], "failures": [], "not_reached": []}
-    policy = Policy(allow_tf32=True)
+    raw: dict[str, Any] = {"commit": commit(), "rows": [], "stages": [], "failures": [], "not_reached": []}
+    policy = Policy()
     with Bench(policy, BenchOptions(seconds=options.seconds)) as bench:
         for named in forward_problems(options):
             if time.perf_counter() - begin > options.limit_s:
@@ -71,22 +72,35 @@ def run(options: argparse.Namespace) -> None:
             alone, failures = bench.compare(named)
             raw["failures"] += plain(failures)
             for text in options.epilogues.split(","):
-                problem = msgspec.structs.replace(named.problem, epilogue=parse_epilogue(text))
-                fused, failures = bench.compare(
-                    msgspec.structs.replace(named, name=f"{named.name} +{text}", problem=problem)
-                )
-                raw["failures"] += plain(failures)
+                fused = with_epilogue(bench, named, text, raw)
                 if fused is not None:
-                    raw["rows"].append({"epilogue": text, "fused": plain(fused), "alone": plain(alone)})
+                    tf32 = named.policy(policy).allow_tf32
+                    raw["rows"].append({"epilogue": text, "allow_tf32": tf32, "fused": fused, "alone": plain(alone)})
+            if len(raw["stages"]) < options.stages:
+                text = options.epilogues.split(",")[0].split("+")
+                steps = {"convolution": plain(alone)}
+                for place in range(len(text)):
+                    steps[f"+ {text[place]}"] = with_epilogue(bench, named, "+".join(text[: place + 1]), raw)
+                raw["stages"].append({"name": named.name, "steps": steps})
             raw["environments"] = sorted(bench.environments)
             write(options, raw)
-    lines = [row["fused"]["problem"] for row in raw["rows"]]
+    lines = [(row["fused"]["problem"], row["allow_tf32"]) for row in raw["rows"]]
     done = subprocess.run(
         [sys.executable, "-c", WARM], input=json.dumps(lines), capture_output=True, text=True, check=False
     )
     raw["warm"] = json.loads(done.stdout.splitlines()[-1]) if done.returncode == 0 else {"failed": done.stderr[-500:]}
     write(options, raw)
     print(table(raw))
+
+
+def with_epilogue(bench: Any, named: Any, text: str, raw: dict[str, Any]) -> dict[str, Any] | None:
+    """A problem compared with what follows it; what fails is noted in `raw`."""
+    from convplan._epilogue import parse_epilogue
+
+    problem = msgspec.structs.replace(named.problem, epilogue=parse_epilogue(text))
+    fused, failures = bench.compare(msgspec.structs.replace(named, name=f"{named.name} +{text}", problem=problem))
+    raw["failures"] += plain(failures)
+    return None if fused is None else plain(fused)
 
 
 def forward_problems(options: argparse.Namespace) -> list[Any]:
@@ -112,10 +126,9 @@ def write(options: argparse.Namespace, raw: dict[str, Any]) -> None:
 def table(raw: dict[str, Any]) -> str:
     from convplan._bench import geometric_mean
 
-    rows = raw["rows"]
-    alone = [
-        row["fused"]["convplan"]["median_us"] / row["alone"]["convplan"]["median_us"] for row in rows if row["alone"]
-    ]
+    rows, ours = raw["rows"], "convplan"
+    alone = [row["fused"][ours]["median_us"] / row["alone"][ours]["median_us"] for row in rows if row["alone"]]
+    mean = geometric_mean(row["fused"]["ratio"] for row in rows)
     planned = [row["fused"]["planning_s"] or 0.0 for row in rows]
     lines = [
         "# Fused convolutions",
@@ -123,9 +136,9 @@ def table(raw: dict[str, Any]) -> str:
         f"Commit {raw['commit']}; {'; '.join(raw.get('environments', []))}.",
         f"To reach: {GOALS}.",
         "",
-        f"{len(rows)} problems: geometric mean {geometric_mean(row['fused']['ratio'] for row in rows):.3f} of eager torch, "
-        f"{geometric_mean(alone):.3f} times the convolution alone (worst {max(alone, default=0):.2f}); planning took "
-        f"{max(planned, default=0):.1f} s at most.",
+        f"{len(rows)} problems: geometric mean {mean:.3f} times as fast as eager torch, "
+        f"{geometric_mean(alone):.3f} times as long as the convolution alone (worst {max(alone, default=0):.2f}); "
+        f"planning took {max(planned, default=0):.1f} s at most.",
         f"Again in a new process, from the store: {raw.get('warm', 'not reached')}.",
         "",
         "| problem | eager torch us | ± | convplan us | ± | eager / convplan | convolution alone us | fused / alone "

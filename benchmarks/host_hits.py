@@ -256,7 +256,7 @@ def nothing_at_all() -> None:
 
 def cudnn_parts(problem: convplan.Problem, x: Tensor, w: Tensor, y: Tensor) -> dict[str, Callable[[], object]]:
     """The pieces of a bound run of cuDNN's."""
-    from convplan.engines.cudnn import engine as cudnn
+    from convplan.engines.cudnn import running as cudnn
     from convplan.engines.cudnn.target import present
 
     config = convplan.plan(problem, POLICY.replace(engines=("cudnn",))).config

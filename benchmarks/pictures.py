@@ -1,11 +1,13 @@
-"""The pictures of docs/measure.md, from committed raw numbers.
+"""The pictures of docs/measure.md and docs/fusion.md, from committed raw numbers.
 
     pip install -e '.[pictures]'
-    python benchmarks/pictures.py                # results/search/search.json -> docs/pictures/*.svg
+    python benchmarks/pictures.py       # results/search/search.json, results/fused/fused.json -> docs/pictures/*.svg
 
 `regret.svg`: of every tuning of part p3 the time of its choice over that of the best candidate. `spread.svg`: of some
 of these problems the candidates that were raced, with the middle half of their samples. `chance.svg`: what a choice by
 one sample each, by five, and by all of them would have cost, drawn from those same samples.
+
+`stages.svg`: what each step after a convolution adds in stock torch, beside one fused plan and the convolution alone.
 """
 
 from __future__ import annotations
@@ -31,13 +33,16 @@ SHOWN = 4  # problems in the picture of spreads
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--raw", type=Path, default=HERE / "results" / "search" / "search.json")
+    parser.add_argument("--fused", type=Path, default=HERE / "results" / "fused" / "fused.json")
     parser.add_argument("--out", type=Path, default=PICTURES)
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     mpl.rcParams.update({"svg.hashsalt": "convplan", "svg.fonttype": "none", "font.size": 9})
     rows = [row for row in json.loads(options.raw.read_text())["p3"]["rows"] if "failed" not in row]
-    for name, draw in {"regret": regret, "spread": spread, "chance": chance}.items():
-        figure = draw(rows)
+    pictures = {"regret": regret(rows), "spread": spread(rows), "chance": chance(rows)}
+    if options.fused.is_file():
+        pictures["stages"] = stages(json.loads(options.fused.read_text())["stages"])
+    for name, figure in pictures.items():
         # No date: the same numbers give the same file.
         figure.savefig(options.out / f"{name}.svg", bbox_inches="tight", metadata={"Date": None, "Creator": None})
         plt.close(figure)
@@ -90,6 +95,27 @@ def chance(rows: list[dict[str, Any]]) -> Any:
     axes.set_xlabel("time of the choice / time of the best candidate")
     axes.set_ylabel("share of choices")
     axes.legend(loc="lower right")
+    return figure
+
+
+def stages(rows: list[dict[str, Any]]) -> Any:
+    figure, axes = plt.subplots(figsize=(6.4, 0.8 * len(rows) + 1.1))
+    labels: list[str] = []
+    colours = ["tab:blue", "tab:orange", "tab:green", "tab:red"]
+    for row in rows:
+        done_us, place = 0.0, len(labels)
+        for colour, (step, found) in zip(colours, row["steps"].items(), strict=False):
+            until_us = found["stock"]["median_us"]
+            label = step if not place else None
+            axes.barh(place, max(until_us - done_us, 0), left=done_us, color=colour, height=0.7, label=label)
+            done_us = max(done_us, until_us)
+        last = list(row["steps"].values())[-1]["convplan"]["median_us"]
+        axes.barh(place + 1, last, color="tab:purple", height=0.7, label=None if place else "one fused plan")
+        labels += [f"{row['name']}, stock torch", "convplan"]
+    axes.set_yticks(range(len(labels)), labels)
+    axes.invert_yaxis()
+    axes.set_xlabel("microseconds on the GPU")
+    axes.legend(fontsize=7, loc="lower right")
     return figure
 
 

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
         EngineUnavailable,
         ErrataError,
         ExecutionFailed,
+        FuseError,
         NoPlan,
         PlanFileError,
         PlanRejected,
@@ -55,6 +56,7 @@ if TYPE_CHECKING:
         conv_transpose2d,
         conv_transpose3d,
     )
+    from convplan.torch_ops.fuse import fuse
     from convplan.torch_ops.kept import compile_options
     from convplan.torch_ops.override import disable, enable, enabled
 
@@ -67,6 +69,7 @@ _HOMES = {
         "EngineUnavailable",
         "ErrataError",
         "ExecutionFailed",
+        "FuseError",
         "NoPlan",
         "PlanFileError",
         "PlanRejected",
@@ -94,6 +97,7 @@ _HOMES = {
         "conv_transpose2d",
         "conv_transpose3d",
     ),
+    "convplan.torch_ops.fuse": ("fuse",),
     "convplan.torch_ops.kept": ("compile_options",),
     "convplan.torch_ops.override": ("disable", "enable", "enabled"),
 }
@@ -113,6 +117,7 @@ __all__ = [
     "ErrataError",
     "Evidence",
     "ExecutionFailed",
+    "FuseError",
     "NoPlan",
     "Notes",
     "Plan",
@@ -147,6 +152,7 @@ __all__ = [
     "enable",
     "enabled",
     "export_plans",
+    "fuse",
     "import_plans",
     "plan",
     "problem",

@@ -20,7 +20,7 @@ from convplan._problem import Problem
 if TYPE_CHECKING:
     from concurrent.futures import ThreadPoolExecutor
 
-BUILDERS = 4  # threads
+BUILDERS = min(8, max(4, os.cpu_count() or 1))  # threads; compiling is the processor's work
 
 
 def build_candidates(live: Sequence[Live], problem: Problem, policy: Policy) -> Stage:

@@ -11,6 +11,7 @@
     │   └── WrongResult                 its output differs from the reference
     ├── EngineUnavailable               library or device missing     .engine .needs
     ├── ExecutionFailed                 failed while running          .plan .tried
+    ├── FuseError                       a model cannot be fused       .model .reason
     ├── ErrataError (also ValueError)   a file of errata is malformed .path .rule .field
     └── StoreError                      plan store or plan file       .path
         ├── StoreBusy                   locked too long               .waited_s
@@ -141,6 +142,23 @@ class ExecutionFailed(ConvPlanError):
         self.plan, self.tried = plan, tuple(tried)
         listed = "".join(f"\n  {config}: {reason}" for config, reason in self.tried)
         super().__init__(f"every plan failed while running {plan}{listed}")
+
+
+class FuseError(ConvPlanError):
+    """A model cannot be fused, or the fused one differs from it: says what was found and what can be done.
+
+    Attributes:
+        model: name of its class.
+        reason: what was found.
+    """
+
+    def __init__(self, *, model: str, reason: str) -> None:
+        self._kwargs = {"model": model, "reason": reason}
+        self.model, self.reason = model, reason
+        super().__init__(
+            f"{model} cannot be fused: {reason}. Fuse parts of it that can be traced, or leave that to torch.compile "
+            "with convplan.compile_options(fuse=True)"
+        )
 
 
 class ErrataError(ConvPlanError, ValueError):

@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 import msgspec
 
 from convplan._environment import PROBE_FAILED, Environment
+from convplan._epilogue import Epilogue
 from convplan._errors import SpecError
 from convplan._plan import PlanRecord
 from convplan._problem import DTYPES, Layout, Op, Problem
@@ -61,7 +62,9 @@ SCOPE_LABELS_OF_ENGINE: dict[tuple[str, str], tuple[str, ...]] = {
 _encode = msgspec.json.Encoder()
 
 
-class Family(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, cache_hash=True):
+class Family(
+    msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, cache_hash=True, omit_defaults=True
+):
     """Problems that a library treats alike: everything but the sizes.
 
     Attributes:
@@ -71,6 +74,7 @@ class Family(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
         grouping: `depthwise` where each of several channels is a group of its own.
         strided, dilated: in some dimension.
         filter_dims: the filter's spatial sizes; their number is the spatial rank.
+        epilogue: what follows the convolution besides a bias alone, by name; no numbers.
     """
 
     op: Op
@@ -80,6 +84,7 @@ class Family(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     strided: bool
     dilated: bool
     filter_dims: tuple[Annotated[int, msgspec.Meta(ge=1, le=2**31)], ...]
+    epilogue: Annotated[str, msgspec.Meta(pattern="^[a-z0-9_+]*$", max_length=64)] = ""
 
     def __post_init__(self) -> None:
         if unknown := [name for name in self.dtypes if name not in DTYPES]:
@@ -100,13 +105,23 @@ class Family(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
             strided=any(step > 1 for step in problem.stride),
             dilated=any(step > 1 for step in problem.dilation),
             filter_dims=tuple(problem.w.dims[2:]),
+            epilogue=_parts(problem.epilogue),
         )
 
     def __str__(self) -> str:
         dtypes = self.dtypes[0] if len(set(self.dtypes)) == 1 else "/".join(self.dtypes)
         layouts = self.layouts[0] if len(set(self.layouts)) == 1 else "/".join(self.layouts)
         marks = [name for name in ("strided", "dilated") if getattr(self, name)]
-        return " ".join([self.op, dtypes, layouts, self.grouping, "x".join(map(str, self.filter_dims)), *marks])
+        op = f"{self.op}+{self.epilogue}" if self.epilogue else self.op
+        return " ".join([op, dtypes, layouts, self.grouping, "x".join(map(str, self.filter_dims)), *marks])
+
+
+def _parts(epilogue: Epilogue) -> str:
+    """Such as `residual+bias+relu`; a bias alone is torch's to add."""
+    if epilogue.is_plain:
+        return ""
+    parts = [name for name in ("scale", "residual", "bias") if getattr(epilogue, name)]
+    return "+".join([*parts, *([] if epilogue.activation == "none" else [epilogue.activation])])
 
 
 class LearnedErratum(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):

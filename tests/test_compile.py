@@ -135,10 +135,10 @@ def test_what_a_compiler_is_told_is_what_it_gets(one: Call, form: str) -> None:
 
 def geometry_of(one: Call, w: Tensor) -> tuple[Any, ...]:
     """A call's arguments as the operator takes them."""
-    from convplan.torch_ops.functional import _arguments
+    from convplan.torch_ops.arguments import arguments
 
     given = {"stride": 1, "padding": 0, "dilation": 1, "output_padding": 0, "groups": 1, **one.arguments}
-    args = _arguments(
+    args = arguments(
         w.dim() - 2, w, given["stride"], given["padding"], given["dilation"], one.transposed,
         given["output_padding"], given["groups"],
     )  # fmt: skip

@@ -77,7 +77,9 @@ def test_functions_take_torchs_arguments_in_torchs_order(name: str) -> None:
     ours = [p for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
     assert [p.name for p in ours] == [argument for argument, _ in torchs]
     assert ["" if p.default is p.empty else repr(p.default) for p in ours] == [default for _, default in torchs]
-    assert [p.name for p in parameters if p.kind is p.KEYWORD_ONLY] == ["policy", "out"]
+    assert [p.name for p in parameters if p.kind is p.KEYWORD_ONLY] == [
+        "residual", "alpha", "activation", "scale", "policy", "out",
+    ]  # fmt: skip
 
 
 def test_an_unknown_name_is_named() -> None:
@@ -184,6 +186,7 @@ EXAMPLES: list[ConvPlanError] = [
     _errors.WrongResult(engine="fft", config="fft[block=8]", reason="output[0] is 1, not 2"),
     _errors.EngineUnavailable(engine="cudnn", needs="cuDNN 9.1 or newer, found 8.9.7"),
     _errors.ExecutionFailed(plan="fprop x=1", tried=REJECTIONS),
+    _errors.FuseError(model="ResNet", reason="it is in training mode"),
     _errors.ErrataError(path="errata.json", rule="no-engine-5", field="engines[0]", reason='found "5", expected int'),
     _errors.StoreError(path="/data/plans.sqlite", reason="disk full"),
     _errors.StoreBusy(path="/data/plans.sqlite", waited_s=2.5),

@@ -18,8 +18,10 @@ def _builtin() -> Iterable[Engine]:
     from convplan.engines.fake import FakeEngine
     from convplan.engines.fft import FftEngine
     from convplan.engines.matmul import MatmulEngine
+    from convplan.engines.onednn import OnednnEngine
 
-    return (CudnnEngine(), AtenEngine(), MatmulEngine(), FftEngine(), ComposedEngine(), FakeEngine())
+    fusing = (OnednnEngine(), ComposedEngine())
+    return (CudnnEngine(), AtenEngine(), MatmulEngine(), FftEngine(), *fusing, FakeEngine())
 
 
 registry = Registry(_builtin)

@@ -26,6 +26,7 @@ from convplan._environment import onednn_computes, onednn_enabled
 from convplan._errors import PlanRejected
 from convplan._policy import Effort, Policy, torch_flags
 from convplan._problem import DTYPES, Problem, TensorSpec
+from convplan.engines._padding import SplitPadding, lift, output_padding
 from convplan.engines._support import deliver, dtype_refusal
 from convplan.engines.base import FALLBACK, LAST_RESORT, YES, Built, Candidate, EngineConfig, Run, Support, no
 
@@ -129,7 +130,7 @@ class AtenEngine:
         run = _delivered(core, problem.output)
         plain = layout is Layout.AS_GIVEN and path is Path.STOCK and compute is Compute.OWN
         as_torch = ""
-        if plain and _Padding(problem.padding).is_symmetric:
+        if plain and SplitPadding(problem.padding).is_symmetric:
             if problem.op == "fprop":
                 run, as_torch = _fprop_in_one_frame(problem, policy, run), "convolution"
             elif via is Via.BACKWARD and problem.device == "cpu":  # elsewhere the policy's flags go with the call
@@ -148,7 +149,7 @@ def _stock_call(problem: Problem, layout: Layout, path: Path, via: Via, compute:
     call = {"fprop": "convolution", "wgrad": "gradient for the weight"}.get(problem.op)
     if call is None:  # a dgrad is either of two things to torch
         call = "transposed convolution" if via is Via.TRANSPOSED else "gradient for the input"
-    if not _Padding(problem.padding).is_symmetric:
+    if not SplitPadding(problem.padding).is_symmetric:
         call += ", uneven padding done apart"
     return call + (", cudnn.benchmark=False" if problem.device == "cuda" else "")
 
@@ -255,7 +256,7 @@ def _delivered(run: Core, spec: TensorSpec) -> Run:
 def _native(problem: Problem, via: Via) -> Core:
     """Torch's im2col kernels by name; 1-D problems with a unit dimension before the last, as torch does it."""
     if problem.spatial_rank == 1:
-        lifted = _native(_lift(problem), via)
+        lifted = _native(lift(problem), via)
 
         def run(first: torch.Tensor, second: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
             return lifted(first.unsqueeze(2), second.unsqueeze(2), bias).squeeze(2)
@@ -272,7 +273,7 @@ def _native(problem: Problem, via: Via) -> Core:
         return lambda x, w, bias: dilated(x, w, taps, bias, stride, padding, dilation)
     if via is Via.TRANSPOSED:
         transposed = native.slow_conv_transpose2d if rank == 2 else native.slow_conv_transpose3d
-        outer = _output_padding(problem, problem.x.dims, padding)
+        outer = output_padding(problem, problem.x.dims, padding)
         return lambda y, w, bias: transposed(y, w, taps, bias, stride, padding, outer, dilation)
     backward = torch.ops.aten._slow_conv2d_backward.output_mask
     if problem.op == "wgrad":
@@ -313,7 +314,7 @@ def _converted(core: Core, problem: Problem, policy: Policy, layout: Layout, via
 
 
 def _as_two_dimensional(problem: Problem, policy: Policy, via: Via, dtype: torch.dtype | None) -> Core:
-    core = _CORES[problem.op](_lift(problem), policy, via)
+    core = _CORES[problem.op](lift(problem), policy, via)
 
     def run(first: torch.Tensor, second: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         result = core(
@@ -324,54 +325,6 @@ def _as_two_dimensional(problem: Problem, policy: Policy, via: Via, dtype: torch
         return result.squeeze(2) if dtype is None else result.squeeze(2).to(first.dtype)
 
     return run
-
-
-def _lift(problem: Problem) -> Problem:
-    """The same 1-D problem with a unit dimension before the last, channels-last (B5)."""
-
-    def lift(spec: TensorSpec) -> TensorSpec:
-        return TensorSpec.dense((*spec.dims[:2], 1, spec.dims[2]), spec.dtype, "channels_last")
-
-    return Problem(
-        op=problem.op,
-        x=lift(problem.x),
-        w=lift(problem.w),
-        y=lift(problem.y),
-        padding=((0, 0), *problem.padding),
-        stride=(1, *problem.stride),
-        dilation=(1, *problem.dilation),
-        groups=problem.groups,
-        epilogue=problem.epilogue,
-        device=problem.device,
-    )
-
-
-class _Padding:
-    """Splits padding into the symmetric part that torch's kernels take, and the rest on one side that they don't.
-
-    The rest is done by padding x beforehand, or by cropping it afterwards where x is the output.
-    """
-
-    def __init__(self, pairs: Sequence[tuple[int, int]]) -> None:
-        self.symmetric = [min(pair) for pair in pairs]
-        extra = [(before - low, after - low) for (before, after), low in zip(pairs, self.symmetric, strict=True)]
-        self.is_symmetric = not any(map(any, extra))
-        # F.pad wants the last dimension first.
-        self.extra = [side for pair in reversed(extra) for side in pair]
-        self._pairs = extra
-
-    def grow(self, x: torch.Tensor) -> torch.Tensor:
-        return x if self.is_symmetric else torch.nn.functional.pad(x, self.extra)
-
-    def grown_dims(self, dims: Sequence[int]) -> tuple[int, ...]:
-        grown = [size + before + after for size, (before, after) in zip(dims[2:], self._pairs, strict=True)]
-        return (*dims[:2], *grown)
-
-    def crop(self, x: torch.Tensor) -> torch.Tensor:
-        for dim, (before, after) in enumerate(self._pairs, start=2):
-            if before or after:
-                x = x.narrow(dim, before, x.shape[dim] - before - after)
-        return x
 
 
 def _convolve(
@@ -398,7 +351,7 @@ def _convolve(
 
 
 def _fprop(problem: Problem, policy: Policy, via: Via) -> Core:
-    padding = _Padding(problem.padding)
+    padding = SplitPadding(problem.padding)
     convolve = _convolve(problem, policy, padding.symmetric)
     if padding.is_symmetric:
         return convolve
@@ -408,10 +361,10 @@ def _fprop(problem: Problem, policy: Policy, via: Via) -> Core:
 def _dgrad(problem: Problem, policy: Policy, via: Via) -> Core:
     if via is Via.FLIPPED:
         return _dgrad_flipped(problem, policy)
-    padding = _Padding(problem.padding)
+    padding = SplitPadding(problem.padding)
     grown = padding.grown_dims(problem.x.dims)
     if via is Via.TRANSPOSED:
-        outer = _output_padding(problem, grown, padding.symmetric)
+        outer = output_padding(problem, grown, padding.symmetric)
         convolve = _convolve(problem, policy, padding.symmetric, transposed=True, output_padding=outer)
         return lambda y, w, bias: padding.crop(convolve(y, w, bias))
     backward = _backward(problem, policy, padding.symmetric, [True, False, False])
@@ -426,20 +379,10 @@ def _dgrad(problem: Problem, policy: Policy, via: Via) -> Core:
     return run
 
 
-def _output_padding(problem: Problem, x_dims: Sequence[int], padding: Sequence[int]) -> list[int]:
-    """What a transposed convolution must add behind to give an x of these dims."""
-    sizes = zip(x_dims[2:], problem.y.dims[2:], problem.w.dims[2:], strict=True)
-    window = zip(padding, problem.stride, problem.dilation, strict=True)
-    return [
-        size - ((out - 1) * step - 2 * pad + dil * (taps - 1) + 1)
-        for (size, out, taps), (pad, step, dil) in zip(sizes, window, strict=True)
-    ]
-
-
 def _dgrad_flipped(problem: Problem, policy: Policy) -> Core:
     """dgrad of stride 1 as the correlation of dy with the filter flipped in space and exchanged in channels."""
     reach = [dil * (taps - 1) for dil, taps in zip(problem.dilation, problem.w.dims[2:], strict=True)]
-    padding = _Padding([(far - b, far - a) for far, (b, a) in zip(reach, problem.padding, strict=True)])
+    padding = SplitPadding([(far - b, far - a) for far, (b, a) in zip(reach, problem.padding, strict=True)])
     convolve = _convolve(problem, policy, padding.symmetric)
     groups, spatial = problem.groups, list(range(2, 2 + problem.spatial_rank))
     filters, channels = problem.w.dims[0] // groups, problem.w.dims[1]
@@ -453,7 +396,7 @@ def _dgrad_flipped(problem: Problem, policy: Policy) -> Core:
 
 
 def _wgrad(problem: Problem, policy: Policy, via: Via) -> Core:
-    padding = _Padding(problem.padding)
+    padding = SplitPadding(problem.padding)
     backward = _backward(problem, policy, padding.symmetric, [False, True, False])
     like = problem.w
 

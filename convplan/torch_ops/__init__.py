@@ -1,1 +1,6 @@
-"""Where convplan meets torch: `adapter` (tensors to problems), `override` (`enable()`), `functional` (`conv1d` …)."""
+"""Where convplan meets torch.
+
+`adapter` makes problems of tensors, `override` is `enable()`, `functional` are `conv1d` … `conv_transpose3d`, `fused` is
+what they do with a residual, an activation or a scale. `library`, `fused_library`, `traced` and `kept` are for
+compilers.
+"""

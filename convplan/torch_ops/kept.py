@@ -14,6 +14,7 @@ from __future__ import annotations
 import logging
 import operator
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -51,7 +52,11 @@ _READ_STRIDES = (
 
 
 def compile_options(
-    policy: Policy | None = None, *, mode: str | None = None, channels_last: bool | None = None
+    policy: Policy | None = None,
+    *,
+    mode: str | None = None,
+    channels_last: bool | None = None,
+    fuse: bool = False,
 ) -> dict[str, Any]:
     """Options for `torch.compile` with which a compiled model's convolutions run by convplan's plans.
 
@@ -64,6 +69,8 @@ def compile_options(
         mode: as torch.compile's, whose own `mode` cannot be given together with options.
         channels_last: whether 2-D and 3-D convolutions run channels-last, with whatever conversion that takes. None:
             Inductor decides, as it does for torch's own; False: in the layouts of the model as written.
+        fuse: whether convolutions take in a sum and a ReLU, sigmoid, tanh or bounds that follow, as one plan. What
+            else follows, batch norms too, Inductor computes; `convplan.fuse` before compiling takes that in.
 
     Returns:
         Options for Inductor, the backend that torch.compile takes by default. More can be added to the dictionary.
@@ -80,7 +87,7 @@ def compile_options(
         if mode not in modes:
             raise SpecError(f"mode is {mode!r}, expected one of {', '.join(modes)}")
         options.update(modes[mode])
-    return {**options, "post_grad_custom_pre_pass": KeepConvolutions(policy_text(policy), channels_last)}
+    return {**options, "post_grad_custom_pre_pass": KeepConvolutions(policy_text(policy), channels_last, fuse)}
 
 
 # Told whether a graph is for inference, where torch has such passes; they came after 2.11.
@@ -92,11 +99,11 @@ class KeepConvolutions(_Pass):  # type: ignore[misc]
 
     Args:
         policy: as the operators take it.
-        channels_last: as in `compile_options`.
+        channels_last, fuse: as in `compile_options`.
     """
 
-    def __init__(self, policy: str, channels_last: bool | None) -> None:
-        self._settings = (policy, channels_last)
+    def __init__(self, policy: str, channels_last: bool | None, fuse: bool = False) -> None:
+        self._settings = (policy, channels_last, fuse)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, KeepConvolutions) and other._settings == self._settings
@@ -107,13 +114,15 @@ class KeepConvolutions(_Pass):  # type: ignore[misc]
     def uuid(self) -> object:
         """Tells Inductor's cache apart what was compiled with other settings, or another version of the operators."""
         return (
-            custom_graph_pass.get_hash_for_files((__file__, str(library.__file__), str(adapter.__file__))),
+            custom_graph_pass.get_hash_for_files(
+                (__file__, str(library.__file__), str(adapter.__file__), str(Path(__file__).with_name("kept_fused.py")))
+            ),
             *self._settings,
         )
 
     def __call__(self, graph: Graph, is_inference: bool | None = None) -> None:
         """Replace the convolutions of one graph."""
-        policy, wanted = self._settings
+        policy, wanted, fuse = self._settings
         layouts = _Layouts(graph, wanted, is_inference)
         kept, left = 0, 0
         for node in list(graph.nodes):
@@ -121,13 +130,22 @@ class KeepConvolutions(_Pass):  # type: ignore[misc]
                 layouts.follow(node)
                 continue
             call = _Call.of(node, policy)
-            replace = _replace_forward if node.target is _CONVOLUTION else _replace_backward
-            if call is not None and replace(graph, node, call, layouts):
+            if call is None:
+                done = False
+            elif node.target is _CONVOLUTION:
+                done = _replace_forward(graph, node, call, layouts, whole=fuse)
+            else:
+                done = _replace_backward(graph, node, call, layouts)
+            if done:
                 kept += 1
             else:
                 left += 1
         if kept or left:
             log.info("kept %d calls of convolutions for convplan's plans, left %d to Inductor", kept, left)
+        if fuse and kept:
+            from convplan.torch_ops.kept_fused import fuse_kept
+
+            log.info("fused %d of them with what follows", fuse_kept(graph, _insert))
 
 
 class _Layouts:
@@ -260,10 +278,10 @@ def _are_planned_for(values: Sequence[Any]) -> bool:
     )
 
 
-def _replace_forward(graph: Graph, node: Node, call: _Call, layouts: _Layouts) -> bool:
+def _replace_forward(graph: Graph, node: Node, call: _Call, layouts: _Layouts, *, whole: bool) -> bool:
     bias = _by_name(node)["bias"]
     # As Inductor does for torch's own: added apart, it becomes part of whatever follows.
-    apart = bias is not None and bias.meta["val"].device.type != "cpu"
+    apart = bias is not None and bias.meta["val"].device.type != "cpu" and not whole
     x, w = call.x, call.w
     with graph.inserting_before(node):
         if layouts.is_channels_last(call):

@@ -46,6 +46,7 @@ from convplan.torch_ops.adapter import (
     transposed_padding,
     transposed_spatial,
 )
+from convplan.torch_ops.linear import Caller
 from convplan.torch_ops.override import NO_GRADIENTS
 from convplan.torch_ops.seen import live_flags
 from convplan.torch_ops.undisturbed import undisturbed
@@ -58,14 +59,16 @@ Geometry = tuple[Ints, Ints, Ints, bool, Ints, int, str]
 _DEFAULTS = Policy()
 _any_autocast = torch._C._is_any_autocast_enabled
 
-_ENDING = (
+ENDING = (
     "SymInt[] stride, SymInt[] padding, SymInt[] dilation, bool transposed, SymInt[] output_padding, SymInt groups, "
     "str policy"
 )
+# Strides of the inputs are part of a problem, so a compiler must keep those that it was traced with.
+TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
 _SCHEMAS = (
-    f"convolution(Tensor x, Tensor w, Tensor? bias, {_ENDING}) -> Tensor",
-    f"input_gradient(Tensor dy, Tensor w, SymInt[] size, bool channels_last, {_ENDING}) -> Tensor",
-    f"weight_gradient(Tensor dy, Tensor x, SymInt[] size, bool channels_last, {_ENDING}) -> Tensor",
+    f"convolution(Tensor x, Tensor w, Tensor? bias, {ENDING}) -> Tensor",
+    f"input_gradient(Tensor dy, Tensor w, SymInt[] size, bool channels_last, {ENDING}) -> Tensor",
+    f"weight_gradient(Tensor dy, Tensor x, SymInt[] size, bool channels_last, {ENDING}) -> Tensor",
     "convolution.kept(Tensor x, Tensor w, Tensor? bias, str call) -> Tensor",
     "input_gradient.kept(Tensor dy, Tensor w, SymInt[] size, str call) -> Tensor",
     "weight_gradient.kept(Tensor dy, Tensor x, SymInt[] size, str call) -> Tensor",
@@ -155,7 +158,12 @@ def flat_padding(args: ConvArgs) -> list[int]:
     return [side for pair in args.padding for side in pair]
 
 
-def _args(geometry: Geometry) -> ConvArgs:
+def args_of(geometry: Geometry) -> ConvArgs:
+    """The arguments that all operators end in, but the policy.
+
+    Raises:
+        SpecError: as many paddings as dimensions, instead of twice as many.
+    """
     stride, padding, dilation, transposed, output_padding, groups, _ = geometry
     if len(padding) != 2 * len(stride):
         raise SpecError(f"padding is {list(padding)}, expected {2 * len(stride)} entries: before and after, in turns")
@@ -195,7 +203,7 @@ def _strides(size: Ints, channels_last: bool) -> tuple[int, ...]:
 
 
 def _fake_convolution(x: Tensor, w: Tensor, bias: Tensor | None, *geometry: Any) -> Tensor:
-    args = _args(geometry)
+    args = args_of(geometry)
     dims = result_dims(x, w, args)
     if bias is not None and (bias.dim() != 1 or bias.shape[0] != dims[1]):
         raise SpecError(f"bias.shape is {tuple(bias.shape)}, expected ({dims[1]},), one number for each output channel")
@@ -216,7 +224,7 @@ def _fake_kept_gradient(dy: Tensor, other: Tensor, size: Ints, call: str) -> Ten
 
 # --- what runs
 
-Run = Callable[[Tensor, Tensor, "Tensor | None"], Tensor]
+Run = Callable[..., Tensor]
 
 
 def _convolution(x: Tensor, w: Tensor, bias: Tensor | None, *geometry: Any) -> Tensor:
@@ -297,14 +305,15 @@ def _found_kept(name: str, first: Tensor, second: Tensor, bias: Tensor | None, s
     return caller
 
 
-def _new_convolution(x: Tensor, w: Tensor, bias: Tensor | None, result: tuple[int, ...], geometry: Geometry) -> Run:
-    args = _args(geometry)
+def new_convolution(x: Tensor, w: Tensor, bias: Tensor | None, result: tuple[int, ...], geometry: Geometry) -> Run:
+    """What a forward call with these arguments runs from now on."""
+    args = args_of(geometry)
     try:
         problem = forward_problem(x, w, bias, args)
     except NotExpressible:
-        pads = [before for before, _ in args.padding]  # the same on both sides: `_args` of a call to torch
+        pads = [before for before, _ in args.padding]  # the same on both sides: `args_of` of a call to torch
         rest = (list(args.stride), pads, list(args.dilation), True, list(args.output_padding), args.groups)
-        return _without_autocast(lambda x, w, bias: torch.convolution(x, w, bias, *rest), x.device.type)
+        return without_autocast(lambda x, w, bias: torch.convolution(x, w, bias, *rest), x.device.type)
     strides = output_strides(problem.output.dims, x, w, args)
     gradients = (x.requires_grad, w.requires_grad)
     return _planned(problem, strides, w, geometry[-1], gradients if torch.is_grad_enabled() else NO_GRADIENTS)
@@ -312,7 +321,7 @@ def _new_convolution(x: Tensor, w: Tensor, bias: Tensor | None, result: tuple[in
 
 def _new_input_gradient(dy: Tensor, w: Tensor, bias: Tensor | None, result: tuple[int, ...], geometry: Geometry) -> Run:
     check_same_place(dy, w)
-    args, size, strides = _args(geometry), result[:-1], _strides(result[:-1], bool(result[-1]))
+    args, size, strides = args_of(geometry), result[:-1], _strides(result[:-1], bool(result[-1]))
     dx = TensorSpec(size, strides, spec_of(dy).dtype)
     try:
         padding = transposed_padding(args) if args.transposed else args.padding
@@ -329,7 +338,7 @@ def _new_weight_gradient(
     dy: Tensor, x: Tensor, bias: Tensor | None, result: tuple[int, ...], geometry: Geometry
 ) -> Run:
     check_same_place(dy, x)
-    args, size, strides = _args(geometry), result[:-1], _strides(result[:-1], bool(result[-1]))
+    args, size, strides = args_of(geometry), result[:-1], _strides(result[:-1], bool(result[-1]))
     dw = TensorSpec(size, strides, spec_of(dy).dtype)
     try:
         padding = transposed_padding(args) if args.transposed else args.padding
@@ -345,7 +354,7 @@ def _new_weight_gradient(
 
 
 _NEW = {
-    "convolution": _new_convolution,
+    "convolution": new_convolution,
     "input_gradient": _new_input_gradient,
     "weight_gradient": _new_weight_gradient,
 }
@@ -373,16 +382,14 @@ def _planned(
     policy: str,
     gradients: tuple[bool, bool] = NO_GRADIENTS,
 ) -> Run:
-    from convplan.torch_ops.functional import _Caller  # which imports this module
-
-    caller = _Caller.of(problem, policy_of(policy), second.get_device(), second, gradients)
+    caller = Caller.of(problem, policy_of(policy), second.get_device(), second, gradients)
 
     def run(first: Tensor, second: Tensor, bias: Tensor | None) -> Tensor:
         result = caller(first, second, bias, None)
         # Strides of size-1 dimensions are open to a plan, and a compiler has been told them.
         return result if result.stride() == strides else result.as_strided(result.shape, strides)
 
-    return _without_autocast(run, second.device.type)
+    return without_autocast(run, second.device.type)
 
 
 def _through_torch(place: int, like: Tensor, args: ConvArgs) -> Run:
@@ -398,17 +405,17 @@ def _through_torch(place: int, like: Tensor, args: ConvArgs) -> Run:
         result: Tensor = torch.ops.aten.convolution_backward(dy, x, w, None, *rest, mask)[place]
         return result.contiguous() if result.stride() == strides else like.copy_(result)
 
-    return _without_autocast(run, like.device.type)
+    return without_autocast(run, like.device.type)
 
 
-def _without_autocast(run: Run, device: str) -> Run:
+def without_autocast(run: Run, device: str) -> Run:
     """Casting is done by now, and what engines compute in is theirs to say."""
 
-    def run_plainly(first: Tensor, second: Tensor, bias: Tensor | None) -> Tensor:
+    def run_plainly(*tensors: Tensor | None) -> Tensor:
         if not _any_autocast():
-            return run(first, second, bias)
+            return run(*tensors)
         with torch.autocast(device, enabled=False):
-            return run(first, second, bias)
+            return run(*tensors)
 
     return run_plainly
 
@@ -420,7 +427,7 @@ def _setup_convolution(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> Non
     x, w, bias, *geometry = inputs
     ctx.save_for_backward(x, w)
     ctx.geometry, ctx.has_bias, ctx.sizes = tuple(geometry), bias is not None, (x.shape, w.shape)
-    ctx.channels_last = output_layout(x, w, _args(ctx.geometry)) == "channels_last"
+    ctx.channels_last = output_layout(x, w, args_of(ctx.geometry)) == "channels_last"
 
 
 def _convolution_backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
@@ -460,10 +467,8 @@ def _weight_gradient_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
 
 def _register() -> torch.library.Library:
     library = torch.library.Library("convplan", "DEF")
-    # Strides of the inputs are part of a problem, so a compiler must keep those that it was traced with.
-    tags = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
     for schema in _SCHEMAS:
-        library.define(schema, tags=tags)
+        library.define(schema, tags=TAGS)
     for name, kernel, fake in (
         ("convolution", _convolution, _fake_convolution),
         ("input_gradient", _input_gradient, _fake_gradient),
@@ -486,3 +491,6 @@ def _register() -> torch.library.Library:
 
 _library = _register()  # kept: torch forgets the operators with it
 _ops: Any = torch.ops.convplan
+
+# Whoever loads an exported program imports this module alone.
+from convplan.torch_ops import fused_library as _fused_library  # noqa: E402, F401

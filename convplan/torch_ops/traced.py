@@ -11,6 +11,7 @@ import torch
 
 from convplan._errors import SpecError
 from convplan._policy import Policy
+from convplan.torch_ops.activations import NONE, Activation, Resolved, follow, resolve
 from convplan.torch_ops.adapter import ConvArgs
 from convplan.torch_ops.library import flat_padding, policy_text
 
@@ -34,18 +35,74 @@ def traced(
     if torch.is_autocast_enabled(device):
         input, weight, bias = _autocast(torch.get_autocast_dtype(device), input, weight, bias)
     x = input.unsqueeze(0) if input.dim() == weight.dim() - 1 else input
-    if device in ("cpu", "cuda") and not _is_transformed():
+    result = _convolution(x, weight, bias, args, policy)
+    return _delivered(result if x is input else result.squeeze(0), out)
+
+
+def traced_fused(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    scale: Tensor | None,
+    args: ConvArgs,
+    alpha: float,
+    activation: Activation,
+    policy: Policy | None,
+    out: Tensor | None,
+) -> Tensor:
+    """The same with what follows the convolution. What `fused` fuses, this does, as one operator.
+
+    Raises:
+        SpecError: as `traced`.
+    """
+    device = input.device.type
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+        input, weight, bias, residual = _autocast(dtype, input, weight, bias, residual)
+    name, parameters, from_output = _constant_activation(activation)
+    inside = behind = Resolved(name, parameters)
+    x, z = input, residual
+    if input.dim() == weight.dim() - 1:
+        x, z = input.unsqueeze(0), None if residual is None else residual.unsqueeze(0)
+    tensors = (x, weight, bias, z, scale)
+    graded = torch.is_grad_enabled() and any(one is not None and one.requires_grad for one in tensors)
+    learned = graded and scale is not None and scale.requires_grad
+    if learned or device not in ("cpu", "cuda") or _is_transformed():
+        in_core = scale is None
+        result = _convolution(x, weight, bias if in_core else None, args, policy)
+        if z is not None and z.shape != result.shape:
+            raise SpecError(f"residual.shape is {tuple(z.shape)}, expected {tuple(result.shape)}, the result's")
+        result = follow(result, None if in_core else bias, z, scale, alpha, behind)
+    else:
+        if graded and not from_output:
+            inside = NONE
+        else:
+            behind = NONE
+        text = "" if policy is None else _constant_text(policy)
+        result = torch.ops.convplan.fused_convolution(
+            x, weight, bias, z, scale, alpha, inside.name, list(inside.parameters), args.stride, flat_padding(args),
+            args.dilation, args.transposed, args.output_padding, args.groups, text,
+        )  # fmt: skip
+        result = behind.of(result)
+    return _delivered(result if x is input else result.squeeze(0), out)
+
+
+def _convolution(x: Tensor, weight: Tensor, bias: Tensor | None, args: ConvArgs, policy: Policy | None) -> Tensor:
+    if x.device.type in ("cpu", "cuda") and not _is_transformed():
         text = "" if policy is None else _constant_text(policy)
         result: Tensor = torch.ops.convplan.convolution(
             x, weight, bias, args.stride, flat_padding(args), args.dilation, args.transposed, args.output_padding,
             args.groups, text,
         )  # fmt: skip
-    else:
-        pads = [before for before, _ in args.padding]
-        result = torch.convolution(
-            x, weight, bias, args.stride, pads, args.dilation, args.transposed, args.output_padding, args.groups
-        )
-    result = result if x is input else result.squeeze(0)
+        return result
+    pads = [before for before, _ in args.padding]
+    return torch.convolution(
+        x, weight, bias, args.stride, pads, args.dilation, args.transposed, args.output_padding, args.groups
+    )
+
+
+def _delivered(result: Tensor, out: Tensor | None) -> Tensor:
     if out is None:
         return result
     if result.requires_grad or out.requires_grad:
@@ -78,7 +135,13 @@ def _mark_constant(function: object) -> None:
     setattr(function, "_dynamo_marked_constant", True)  # noqa: B010  (functions have no such attribute to type checkers)
 
 
+def _constant_activation(activation: Activation) -> tuple[str, tuple[float, ...], bool]:
+    resolved = resolve(activation)
+    return resolved.name, resolved.parameters, resolved.from_output
+
+
 _mark_constant(_is_transformed)
+_mark_constant(_constant_activation)
 _mark_constant(_constant_text)
 # A policy is a constant to Dynamo, which compiles anew for another one.
 torch.utils._pytree.register_constant(Policy)

@@ -24,6 +24,7 @@ from convplan.engines.cudnn.errata import (
     SHIPPED_PATH,
     Errata,
     ErrataRule,
+    GraphKind,
     errata_file_schema,
     parse_errata,
     read_errata,
@@ -55,15 +56,17 @@ def ask(
     cudnn: int = 91900,
     gpu: str = "9.0",
     notes: tuple[str, ...] = (),
+    graph: GraphKind = "convolution",
 ) -> str:
     asked = Errata([rules]) if isinstance(rules, ErrataRule) else rules
-    return asked.verdict(problem, engine, knobs, cudnn_version=cudnn, compute_capability=gpu, notes=notes)
+    return asked.verdict(problem, engine, knobs, cudnn_version=cudnn, compute_capability=gpu, notes=notes, graph=graph)
 
 
 # ---- conditions: a value that the question above meets, and one that it does not
 
 CONDITIONS = [
     ("operations", ["fprop", "wgrad"], ["dgrad", "wgrad"]),
+    ("graphs", ["convolution"], ["specialised", "general"]),
     ("engines", [1, 5], [1, 50]),
     ("knobs", {"split_k": 2}, {"split_k": 3}),
     ("knobs", {"split_k": 2, "tile_size": 3}, {"split_k": 2, "tile_size": 4}),
@@ -99,6 +102,21 @@ def test_each_condition_drops_what_meets_it_and_nothing_else(name: str, met: Any
 def test_there_is_a_row_for_every_condition() -> None:
     fields = set(ErrataRule.__struct_fields__) - set(HEAD)
     assert {name for name, _, _ in CONDITIONS} == fields == set(errata._CONDITIONS)
+
+
+@pytest.mark.parametrize(
+    ("conditions", "dropped"),
+    [
+        ({"operations": ["fprop"]}, ["convolution", "specialised", "general"]),
+        ({"engines": [5]}, ["convolution"]),
+        ({"engines": [5], "graphs": ["general"]}, ["general"]),
+        ({"graphs": ["specialised", "general"]}, ["specialised", "general"]),
+    ],
+    ids=["no-engine", "an-engine", "an-engine-of-one-kind", "kinds"],
+)
+def test_engines_are_counted_anew_for_each_kind_of_graph(conditions: dict[str, Any], dropped: list[str]) -> None:
+    kinds: tuple[GraphKind, ...] = ("convolution", "specialised", "general")
+    assert [kind for kind in kinds if ask(rule(**conditions), graph=kind)] == dropped
 
 
 def test_a_rule_drops_only_what_meets_all_its_conditions() -> None:

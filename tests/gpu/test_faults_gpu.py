@@ -229,29 +229,41 @@ def test_a_fault_costs_its_candidate_alone(fault: str) -> None:
     torch.testing.assert_close(plan.run(x, w), F.conv2d(x, w, padding=1), rtol=4e-3, atol=4e-2)
 
 
-@pytest.mark.parametrize("after_s", [0.0, 1.0])
-def test_a_worker_killed_from_outside_costs_nobody(monkeypatch: pytest.MonkeyPatch, after_s: float) -> None:
-    """While it makes its context, or while it works."""
+@pytest.mark.parametrize("moment", ["starting", "waiting", "working"])
+def test_a_worker_killed_from_outside_costs_nobody(monkeypatch: pytest.MonkeyPatch, moment: str) -> None:
+    """While it makes its context, before it is asked anything, or in the middle of its work."""
     links: list[_worker_link.WorkerLink] = []
     killed: list[int] = []
 
+    class Watched(_worker_link.WorkerLink):
+        asked = 0
+
+        def tried(self, request: Any) -> Any:
+            self.start()
+            self.asked += 1
+            if moment == "waiting" and self.asked == 1:
+                kill(self)
+            if moment == "working" and self.asked == 4:
+                threading.Timer(0.002, kill, (self,)).start()
+            return super().tried(request)
+
     def remember(setup: Any) -> _worker_link.WorkerLink:
-        links.append(_worker_link.WorkerLink(setup))
+        links.append(Watched(setup))
         return links[-1]
 
-    def kill_it() -> None:
+    def kill(link: _worker_link.WorkerLink) -> None:
+        assert link.pid is not None
+        killed.append(link.pid)
+        os.kill(link.pid, signal.SIGKILL)
+
+    def kill_at_once() -> None:
         deadline = time.monotonic() + 60
-        while time.monotonic() < deadline:
-            pid = links[0].pid if links else None
-            if pid is not None:
-                time.sleep(after_s)
-                os.kill(pid, signal.SIGKILL)
-                killed.append(pid)
-                return
-            time.sleep(0.001)
+        while time.monotonic() < deadline and not killed:
+            if links and links[0].pid is not None:
+                kill(links[0])
 
     monkeypatch.setattr(_search, "WorkerLink", remember)
-    killer = threading.Thread(target=kill_it)
+    killer = threading.Thread(target=kill_at_once if moment == "starting" else int)
     killer.start()
     try:
         record = search(*["slower"] * 8, "", search_s=20.0)
@@ -305,9 +317,10 @@ def test_faults_that_nobody_proposed_are_met_on_the_way_to_what_is_better() -> N
 
 def test_an_illegal_access_is_told_in_cudas_words_and_not_pinned_on_the_next() -> None:
     record = search("illegal", "", "slower")
-    (faulty,) = record.rejected
+    faulty, *others = sorted(record.rejected, key=index)
     assert index(faulty) == 0
     assert "illegal memory access" in faulty.reason
+    assert [other.rejected for other in others] in ([], ["measure"])  # what is slower may be left out of the race
 
 
 def test_cudnns_knobs_are_walked_and_the_choice_is_right(findings: dict[str, object]) -> None:

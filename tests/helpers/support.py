@@ -24,6 +24,7 @@ REFUSALS = (
     Refusal(
         "cudnn", lambda problem: problem.device != "cuda", "supported: cuda"
     ),  # tests/cudnn and tests/gpu have its own
+    Refusal("onednn", lambda problem: problem.epilogue.is_plain, "a bias alone"),  # tests/test_onednn.py has the others
     Refusal("fft", lambda problem: prod(problem.w.dims[2:]) == 1, "one tap"),
 )
 

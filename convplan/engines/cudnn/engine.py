@@ -1,27 +1,28 @@
 """Engine `cudnn`: every plan that cuDNN's backend offers for a convolution on a GPU.
 
-A configuration's knobs are `engine`, cuDNN's index of the engine, and cuDNN's own knobs by name. One knob is ours:
+A configuration's knobs are `engine`, cuDNN's index of the engine, and cuDNN's own knobs by name. Two knobs are ours:
 
     dense   1: strided inputs are copied into a dense layout first, for engines that need one
+    fused   what follows the convolution is in its graph; 1: in the general form, 2: in the specialised one (`fusion`)
 
-A plan runs on the device of its first input and torch's current stream (B25), with workspace from torch's caching
-allocator (B26), which hands memory out again only in stream order.
+cuDNN counts engines anew for each kind of graph: number 10 of a convolution and number 10 of the same one with a ReLU
+behind it are two engines, which `fused` tells apart.
+
+How a built plan runs on tensors is deliberately elsewhere (`running`).
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
-from ctypes import c_void_p
-from typing import NamedTuple
+from collections.abc import Iterable, Iterator, Sequence
 
+import msgspec
 import torch
 
 from convplan._errors import EngineUnavailable, PlanRejected
 from convplan._policy import Effort, Policy
-from convplan._problem import Problem, TensorSpec
-from convplan.engines._support import TORCH_DTYPES, empty
-from convplan.engines.base import SEARCHED, Built, Candidate, EngineConfig, Offer, Run, Space, Support, no
+from convplan._problem import Problem
+from convplan.engines.base import SEARCHED, Built, Candidate, EngineConfig, Offer, Space, Support, no
 from convplan.engines.cudnn.configs import (
     Configuration,
     described_configuration,
@@ -29,37 +30,26 @@ from convplan.engines.cudnn.configs import (
     heuristic_configurations,
 )
 from convplan.engines.cudnn.descriptors import CudnnError, Descriptor
-from convplan.engines.cudnn.errata import Errata
-from convplan.engines.cudnn.graph import UIDS, dense, is_strided, needs_copy, operation_graph, refusal
+from convplan.engines.cudnn.errata import Errata, GraphKind
+from convplan.engines.cudnn.fusion import is_specialised, takes_bias
+from convplan.engines.cudnn.graph import dense, is_strided, needs_copy, operation_graph, refusal
 from convplan.engines.cudnn.library import clear_cuda_error
 from convplan.engines.cudnn.plans import ExecutionPlan, build_configured, build_plan, restore_plan
+from convplan.engines.cudnn.running import Form, bound_run, make_run
 from convplan.engines.cudnn.serialized import pattern_of, vetted
-from convplan.engines.cudnn.target import Target, handle_of, present
+from convplan.engines.cudnn.target import Target, present
 
 _SOURCES: dict[str, tuple[str, ...]] = {
     "instant": ("mode_a", "fallback"),
     "measure": ("mode_a", "mode_b", "fallback"),
     "exhaustive": ("mode_a", "mode_b", "fallback"),
 }
-_LETTERS = {"fprop": "xwy", "dgrad": "ywx", "wgrad": "xyw"}  # first input, second input, output
 COMPILED = "RUNTIME_COMPILATION"
-
-# Bound once: a call costs a few microseconds in all. Builds of torch without CUDA lack them, and run no plan.
-_current_device: Callable[[], int] = getattr(torch._C, "_cuda_getDevice", lambda: -1)
-_raw_stream: Callable[[int], int] = getattr(torch._C, "_cuda_getCurrentRawStream", lambda index: 0)
-
-
-def _inductors_allocator() -> Callable[..., torch.Tensor] | None:
-    """`empty_strided(dims, strides, dtype)` on the current GPU, as torch's own compiled code calls it.
-
-    1.9 us on the host, where `torch.empty_strided` takes 3.3 (torch 2.11). None where torch does not have it.
-    """
-    guards = getattr(torch._C, "_dynamo", None)
-    found = getattr(getattr(guards, "guards", None), "_empty_strided_cuda", None)
-    return found if callable(found) else None
-
-
-_allocate = _inductors_allocator()
+OURS = ("dense", "fused")  # knobs that cuDNN knows nothing of
+GENERAL, SPECIALISED = 1, 2  # values of `fused`
+_GRAPH_KINDS: dict[int, GraphKind] = {0: "convolution", GENERAL: "general", SPECIALISED: "specialised"}
+# Plans of one fused problem that are compiled, at 0.3 to 2.5 s each, unless the effort is `exhaustive`.
+MOST_COMPILED = 8
 
 
 class CudnnEngine:
@@ -72,6 +62,7 @@ class CudnnEngine:
 
     name = "cudnn"
     by_default = True
+    fuses = True
 
     def __init__(self, target: Target | None = None) -> None:
         self._fixed = target
@@ -116,13 +107,15 @@ class CudnnEngine:
         if effort == "instant":
             # Some engines take strided inputs and compute something else of them (cuDNN 9.19, H200). A plan that runs
             # unverified copies them, as stock torch does.
-            graphs.reverse()
+            graphs.sort(key=lambda variant: "dense" not in variant[0])
         for knobs, graph in graphs:
             for source in _SOURCES[effort]:
                 for configuration in heuristic_configurations(graph, target, source):
                     candidate = _candidate(configuration, knobs, problem, target, errata)
                     found.setdefault(candidate.config, candidate)
-        return list(found.values())
+        if effort == "exhaustive":
+            return list(found.values())
+        return _with_few_compiled(found.values(), 0 if problem.epilogue.is_plain else MOST_COMPILED)
 
     def spaces(self, problem: Problem) -> Sequence[Space]:
         """One for each of cuDNN's engines that has anything to offer, with its knobs in the ranges that cuDNN tells.
@@ -133,20 +126,22 @@ class CudnnEngine:
         if not self.supports(problem).ok:
             return ()
         target = self._target()
-        proposed: dict[tuple[int, str], set[int]] = {}
+        proposed: dict[tuple[int, int], dict[str, set[int]]] = {}
         for candidate in self.configs(problem, "exhaustive"):
+            form, number = candidate.config.knob("fused"), candidate.config.knob("engine")
             for name, value in candidate.config.knobs:
-                proposed.setdefault((candidate.config.knob("engine"), name), set()).add(value)
+                proposed.setdefault((form, number), {}).setdefault(name, set()).add(value)
         return [
             Space(
                 fixed=(("engine", space.engine), *knobs.items()),
                 free=tuple(
-                    (name, tuple(sorted({*range(low, high + 1, step), *proposed.get((space.engine, name), ())})))
+                    (name, tuple(sorted({*range(low, high + 1, step), *also.get(name, ())})))
                     for name, low, high, step in space.knobs
                 ),
             )
             for knobs, graph in _graphs(problem, target)
             for space in engine_spaces(graph, target)
+            for also in (proposed.get((knobs.get("fused", 0), space.engine), {}),)
         ]
 
     def candidate(self, problem: Problem, config: EngineConfig) -> Candidate:
@@ -165,7 +160,7 @@ class CudnnEngine:
         """
         target, plans = self._target(), _Plans(self, problem, config)
         knobs = dict(config.knobs)
-        ours = {"dense": 1} if knobs.pop("dense", 0) else {}
+        ours = {name: value for name in OURS if (value := knobs.pop(name, 0))}
         number = knobs.pop("engine", -1)
         try:
             graph = next((graph for variant, graph in _graphs(problem, target) if variant == ours), None)
@@ -175,7 +170,7 @@ class CudnnEngine:
         except (CudnnError, ValueError) as exc:
             raise plans.rejected(str(exc)) from exc
         candidate = _candidate(described, ours, problem, target, Errata.load())
-        return Offer(candidate, lambda policy: _built(problem, config, plans, plans.build(target, finalised)))
+        return Offer(candidate, lambda policy: _built(plans, plans.build(target, finalised)))
 
     def build(self, problem: Problem, config: EngineConfig, policy: Policy) -> Built:
         """Build one configuration for the target.
@@ -185,7 +180,7 @@ class CudnnEngine:
             EngineUnavailable: cuDNN is missing.
         """
         plans = _Plans(self, problem, config)
-        return _built(problem, config, plans, plans.build(self._target()))
+        return _built(plans, plans.build(self._target()))
 
     def restore(self, problem: Problem, config: EngineConfig, policy: Policy, serialized: bytes) -> Built:
         """The same as `build`, from what `Built.serialize` gave, here or elsewhere, without compiling anything (C1).
@@ -197,7 +192,7 @@ class CudnnEngine:
             EngineUnavailable: cuDNN is missing.
         """
         plans = _Plans(self, problem, config)
-        return _built(problem, config, plans, plans.restore(self._target(), serialized))
+        return _built(plans, plans.restore(self._target(), serialized))
 
     def build_execution_plan(self, problem: Problem, config: EngineConfig) -> ExecutionPlan:
         """The same as cuDNN's own plan, to be serialized or looked at."""
@@ -213,23 +208,58 @@ class CudnnEngine:
 
 
 def _variants(problem: Problem) -> list[tuple[Problem, dict[str, int]]]:
-    """The problem as given, and with dense inputs where it has strided ones, with the knob that says so."""
-    if not is_strided(problem):
-        return [(problem, {})]
-    as_given = [] if any(map(needs_copy, problem.inputs)) else [(problem, dict[str, int]())]
-    return [*as_given, (dense(problem), {"dense": 1})]
+    """The problem as given, and with dense inputs where it has strided ones, in each form that cuDNN has engines for.
+
+    With each the knobs that say which it is. What is not compiled comes first.
+    """
+    arranged = [(problem, dict[str, int]())]
+    if is_strided(problem):
+        as_given = [] if any(map(needs_copy, problem.inputs)) else arranged
+        arranged = [*as_given, (dense(problem), {"dense": 1})]
+    forms = [{"fused": form} if form else dict[str, int]() for form in _forms(problem)]
+    return [(variant, {**knobs, **form}) for variant, knobs in arranged for form in forms]
+
+
+def _forms(problem: Problem) -> tuple[int, ...]:
+    """The values of `fused` that a problem can have."""
+    if problem.epilogue.is_plain:
+        return (0, SPECIALISED) if takes_bias(problem) else (0,)
+    return (SPECIALISED, GENERAL) if is_specialised(problem) else (GENERAL,)
 
 
 def _graphs(problem: Problem, target: Target) -> Iterator[tuple[dict[str, int], Descriptor]]:
-    """The operation graph of each variant that cuDNN takes at all, with the knob that says which it is."""
+    """The operation graph of each variant that cuDNN takes at all, with the knobs that say which it is.
+
+    Raises:
+        CudnnError: it takes none; why it does not take the last of them.
+    """
+    refused: CudnnError | None = None
+    taken = False
     for variant, knobs in _variants(problem):
         try:
-            graph = operation_graph(target, variant)
-        except CudnnError:
-            if knobs or len(_variants(problem)) == 1:
-                raise
-            continue  # strides that no engine reads; the dense variant follows
+            graph = operation_graph(target, variant, specialised=knobs.get("fused") == SPECIALISED)
+        except CudnnError as exc:
+            refused = exc
+            continue
+        taken = True
         yield knobs, graph
+    if refused is not None and not taken:
+        raise refused
+
+
+def _with_few_compiled(candidates: Iterable[Candidate], most: int) -> list[Candidate]:
+    """All of them, with those refused that fuse, are compiled, and come after so many that are."""
+    compiled, found = 0, []
+    for candidate in candidates:
+        fuses = bool(candidate.config.knob("fused"))
+        if fuses and COMPILED in candidate.notes.behavior and not candidate.refused:
+            compiled += 1
+            if compiled > most:
+                before = f"{most} plans before it are compiled too" if most else "it is compiled to add a bias"
+                reason = f"{before}; effort 'exhaustive' builds more"
+                candidate = msgspec.structs.replace(candidate, refused=reason)
+        found.append(candidate)
+    return found
 
 
 def _candidate(
@@ -243,10 +273,11 @@ def _candidate(
         cudnn_version=target.library.version,
         compute_capability=target.compute_capability,
         notes=configuration.notes.numerical,
+        graph=_GRAPH_KINDS[knobs.get("fused", 0)],
     )
     if not refused and COMPILED in configuration.notes.behavior and not target.library.can_compile:
         refused = "it is compiled at run time, and what that needs is missing; `convplan doctor` says what"
-    extra = sum(spec.nbytes for spec in problem.inputs if spec.layout == "strided") if knobs else 0
+    extra = sum(spec.nbytes for spec in problem.inputs if spec.layout == "strided") if "dense" in knobs else 0
     workspace = configuration.workspace_bytes
     return Candidate(
         config=config,
@@ -266,7 +297,10 @@ class _Plans:
         self._engine = engine
         self._problem = dense(problem) if config.knob("dense") else problem
         self._config = config
-        self.uids = tuple(UIDS[letter] for letter in _LETTERS[problem.op])
+        if config.knob("fused") not in _forms(problem):
+            raise self.rejected(f"there is no variant of this problem with fused={config.knob('fused')}")
+        self._specialised = config.knob("fused") == SPECIALISED
+        self.form = Form.of(problem, self._problem, self._specialised)
         self.by_index: dict[int, ExecutionPlan] = {}
 
     def build(self, target: Target, finalised: Descriptor | None = None) -> ExecutionPlan:
@@ -278,9 +312,10 @@ class _Plans:
         engine, knobs = self._chosen()
         try:
             if finalised is None:
-                plan = build_plan(operation_graph(target, self._problem), target, engine, knobs, self.uids)
+                graph = operation_graph(target, self._problem, specialised=self._specialised)
+                plan = build_plan(graph, target, engine, knobs, self.form.uids)
             else:
-                plan = build_configured(finalised, target, self.uids)
+                plan = build_configured(finalised, target, self.form.uids)
         except (CudnnError, ValueError) as exc:
             clear_cuda_error(target.library)
             raise self.rejected(str(exc)) from exc
@@ -290,7 +325,9 @@ class _Plans:
         """The plan for a target from its serialized form; kept as a built one is."""
         engine, knobs = self._chosen()
         try:
-            plan = restore_plan(target, vetted(serialized, self._problem, pattern_of(target), engine, knobs), self.uids)
+            pattern = pattern_of(target)
+            own = vetted(serialized, self._problem, pattern, engine, knobs, specialised=self._specialised)
+            plan = restore_plan(target, own, self.form.uids)
         except (CudnnError, ValueError) as exc:
             clear_cuda_error(target.library)
             raise self.rejected(f"its serialized form: {exc}") from exc
@@ -298,8 +335,7 @@ class _Plans:
 
     def _chosen(self) -> tuple[int, dict[str, int]]:
         """cuDNN's index of the engine, and its knobs by name."""
-        knobs = dict(self._config.knobs)
-        knobs.pop("dense", None)
+        knobs = {name: value for name, value in self._config.knobs if name not in OURS}
         engine = knobs.pop("engine", None)
         if engine is None:
             raise self.rejected("the knob `engine`, cuDNN's index of an engine, is missing")
@@ -338,118 +374,14 @@ class _Plans:
         return PlanRejected(engine=CudnnEngine.name, config=str(self._config), reason=reason)
 
 
-def _built(problem: Problem, config: EngineConfig, plans: _Plans, plan: ExecutionPlan) -> Built:
+def _built(plans: _Plans, plan: ExecutionPlan) -> Built:
     """What runs a plan that was built or restored."""
-    form = _Form.of(problem, config)
-    run = _make_run(form, plans)
-    copies = sum(spec.nbytes for spec in form.copies if spec is not None)
+    run = make_run(plans.form, plans.at)
+    copies = sum(spec.nbytes for spec in plans.form.copies if spec is not None)
     return Built(
         run=run,
         workspace_bytes=plan.workspace_bytes + copies,
-        bind=functools.partial(_bound_run, form, plans, run),
+        bind=functools.partial(bound_run, plans.form, plans.at, run),
         serialize=functools.partial(plans.serialize, plan),
         exact_strides=True,  # every result is allocated with them
     )
-
-
-class _Form(NamedTuple):
-    """What a run needs to know of its problem, worked out once."""
-
-    dims: tuple[int, ...]
-    strides: tuple[int, ...]
-    dtype: torch.dtype
-    bias_shape: tuple[int, ...]
-    copies: tuple[TensorSpec | None, TensorSpec | None]  # the layout that an input is copied into, None for as it is
-
-    @classmethod
-    def of(cls, problem: Problem, config: EngineConfig) -> _Form:
-        made = dense(problem) if config.knob("dense") else problem
-        pairs = zip(problem.inputs, made.inputs, strict=True)
-        first, second = (after if before.strides != after.strides else None for before, after in pairs)
-        spec = problem.output
-        bias_shape = (1, -1, *[1] * problem.spatial_rank)
-        return cls(spec.dims, spec.strides, TORCH_DTYPES[spec.dtype], bias_shape, (first, second))
-
-    def place(self, out: torch.Tensor | None, device: torch.device) -> torch.Tensor:
-        """`out` where a plan can write to it, else a new tensor."""
-        if out is not None and out.stride() == self.strides and not out.data_ptr() & 31:
-            return out
-        return torch.empty_strided(self.dims, self.strides, dtype=self.dtype, device=device)
-
-    def arranged(self, first: torch.Tensor, second: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The inputs in layouts that the engine reads."""
-        one, two = self.copies
-        return (
-            first if one is None else empty(one, first.device).copy_(first),
-            second if two is None else empty(two, second.device).copy_(second),
-        )
-
-
-def _make_run(form: _Form, plans: _Plans) -> Run:
-    """A run for any thread and any GPU of this machine."""
-
-    def run(
-        first: torch.Tensor, second: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor | None
-    ) -> torch.Tensor:
-        index = first.get_device()
-        if index < 0 or not torch.cuda.is_available():
-            raise EngineUnavailable(engine=CudnnEngine.name, needs=f"tensors on a GPU to run, found {first.device}")
-        with torch.cuda.device(index):
-            first, second = form.arranged(first, second)
-            result = form.place(out, first.device)
-            plan = plans.at(index)
-            handle = handle_of(plan.descriptor.library, index)
-            handle.set_stream(_raw_stream(index))
-            # Freed when this returns, and given out again in the order of this stream only.
-            scratch = torch.empty(plan.workspace_bytes, dtype=torch.uint8, device=first.device)
-            plan.execute(handle, (first.data_ptr(), second.data_ptr(), result.data_ptr(), scratch.data_ptr()))
-            if bias is not None:
-                result.add_(bias.reshape(form.bias_shape))
-        return result if out is None or result is out else out.copy_(result)
-
-    return run
-
-
-def _bound_run(form: _Form, plans: _Plans, run: Run) -> Run:
-    """The same for the calling thread and the current GPU: what the hot path calls.
-
-    One allocation for the output, one for workspace if any, a look-up, a launch. Whatever is rare goes to `run`.
-    """
-    if not torch.cuda.is_available():
-        raise EngineUnavailable(engine=CudnnEngine.name, needs="a GPU to run plans on (they can be built without)")
-    index = torch.cuda.current_device()
-    plan = plans.at(index)
-    handle = handle_of(plan.descriptor.library, index)
-    if any(form.copies) or _allocate is None:
-        return run
-    dims, strides, dtype, bias_shape = form.dims, form.strides, form.dtype, form.bias_shape
-    allocate, raw_stream, current_device = _allocate, _raw_stream, _current_device
-    packs, execute = plan.packs, plan.descriptor.library.execute_unchecked
-    # Made once: ctypes would make them from numbers at every call.
-    handle_pointer, plan_pointer = c_void_p(handle.pointer), c_void_p(plan.descriptor.pointer)
-    workspace, several = (plan.workspace_bytes,), torch.cuda.device_count() > 1
-    no_scratch, byte, unit = not plan.workspace_bytes, torch.uint8, (1,)
-
-    def bound(
-        first: torch.Tensor, second: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor | None
-    ) -> torch.Tensor:
-        if out is not None or (several and current_device() != index):
-            return run(first, second, bias, out)
-        result: torch.Tensor = allocate(dims, strides, dtype)
-        stream = raw_stream(index)
-        if stream != handle.stream:
-            handle.set_stream(stream)
-        if no_scratch:
-            addresses = (first.data_ptr(), second.data_ptr(), result.data_ptr(), 0)
-        else:
-            scratch = allocate(workspace, unit, byte)
-            addresses = (first.data_ptr(), second.data_ptr(), result.data_ptr(), scratch.data_ptr())
-        pack = packs.get(addresses)
-        if pack is None:
-            pack = plan.pack(addresses)
-        status = execute(handle_pointer, plan_pointer, pack)
-        if status:
-            plan.failed(status)
-        return result if bias is None else result.add_(bias.reshape(bias_shape))
-
-    return bound

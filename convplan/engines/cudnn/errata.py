@@ -51,6 +51,9 @@ Version = Annotated[str, msgspec.Meta(pattern=r"^[0-9]{1,2}\.[0-9]{1,2}(\.[0-9]{
 Capability = Annotated[str, msgspec.Meta(pattern=r"^[0-9]{1,2}\.[0-9]{1,2}$")]
 Size = Annotated[int, msgspec.Meta(ge=0, le=2**62)]
 _values = msgspec.Meta(max_length=MAX_VALUES)
+# What is in an operation graph: a convolution alone (a bias may be added to it later), or also what follows it, in one
+# of the two forms of `fusion`.
+GraphKind = Literal["convolution", "specialised", "general"]
 
 
 def version_number(text: str) -> int:
@@ -134,7 +137,9 @@ class ErrataRule(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
         reason: what happens, in one sentence.
         source: the public thread or document that says so, or the file in this project that shows it.
         operations: `fprop`, `dgrad`, `wgrad`.
-        engines: global indices of cuDNN's engines.
+        engines: global indices of cuDNN's engines, which it counts anew for each kind of graph.
+        graphs: kinds of graph: `convolution`, and for what follows one in the same graph `specialised` or `general`.
+            Left out, a rule that names engines is about those of a convolution alone, any other about all kinds.
         knobs: values the configuration must have, all of them, by cuDNN's names of knobs in lower case; a number or a
             range.
         notes: numerical notes the engine must carry, all of them, such as `TENSOR_CORE`.
@@ -156,6 +161,7 @@ class ErrataRule(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
     source: Source
     operations: Annotated[tuple[Op, ...], _values] = ()
     engines: Annotated[tuple[Size, ...], _values] = ()
+    graphs: Annotated[tuple[GraphKind, ...], _values] = ()
     knobs: Annotated[dict[KnobName, int | Between], _values] = {}
     notes: Annotated[tuple[NoteName, ...], _values] = ()
     cudnn: Versions | None = None
@@ -185,6 +191,11 @@ class ErrataRule(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
         """The conditions that are given, by name."""
         return {name: getattr(self, name) for name in _CONDITIONS if getattr(self, name) not in (None, (), {})}
 
+    @property
+    def meant_graphs(self) -> tuple[GraphKind, ...]:
+        """The kinds of graph that it is about; empty for all."""
+        return self.graphs or (("convolution",) if self.engines else ())
+
 
 class ErrataFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """A file of rules, as it is published in the schema."""
@@ -211,6 +222,7 @@ class _Question(NamedTuple):
     cudnn_version: int
     capability: tuple[int, int]
     notes: frozenset[str]
+    graph: GraphKind
 
 
 def _is_like(found: int | None, wanted: int | Between) -> bool:
@@ -222,6 +234,7 @@ def _is_like(found: int | None, wanted: int | Between) -> bool:
 _CONDITIONS: dict[str, Callable[[Any, _Question], bool]] = {
     "operations": lambda wanted, asked: asked.problem.op in wanted,
     "engines": lambda wanted, asked: asked.engine_index in wanted,
+    "graphs": lambda wanted, asked: asked.graph in wanted,
     "knobs": lambda wanted, asked: all(_is_like(asked.knobs.get(name), value) for name, value in wanted.items()),
     "notes": lambda wanted, asked: asked.notes.issuperset(wanted),
     "cudnn": lambda wanted, asked: asked.cudnn_version in wanted,
@@ -240,6 +253,12 @@ _CONDITIONS: dict[str, Callable[[Any, _Question], bool]] = {
 }
 
 
+def _all_conditions(rule: ErrataRule) -> dict[str, Any]:
+    """Those that are given, and the one that follows from them."""
+    meant = rule.meant_graphs
+    return {**rule.conditions, "graphs": meant} if meant else rule.conditions
+
+
 class Errata:
     """Rules, in the order of their files: the shipped ones first.
 
@@ -248,7 +267,7 @@ class Errata:
 
     def __init__(self, rules: Collection[ErrataRule]) -> None:
         self.rules = tuple(rules)
-        self._conditions = [(rule, tuple(rule.conditions.items())) for rule in self.rules]
+        self._conditions = [(rule, tuple(_all_conditions(rule).items())) for rule in self.rules]
 
     @classmethod
     def load(cls) -> Errata:
@@ -272,6 +291,7 @@ class Errata:
         cudnn_version: int,
         compute_capability: str,
         notes: Collection[str] = (),
+        graph: GraphKind = "convolution",
     ) -> str:
         """Why a configuration must not run: `errata rule ID: reason` of the first rule that drops it, or empty.
 
@@ -283,12 +303,13 @@ class Errata:
             cudnn_version: as cuDNN counts, 91900 for 9.19.0.
             compute_capability: of the GPU, as `9.0`.
             notes: the engine's numerical notes in upper case. Rules about a note need them.
+            graph: the kind of graph that the engine is one of.
 
         Raises:
             ValueError: the compute capability is not written as major.minor.
         """
         asked = _Question(
-            problem, engine_index, knobs, cudnn_version, capability_pair(compute_capability), frozenset(notes)
+            problem, engine_index, knobs, cudnn_version, capability_pair(compute_capability), frozenset(notes), graph
         )
         for rule, conditions in self._conditions:
             if all(_CONDITIONS[name](wanted, asked) for name, wanted in conditions):

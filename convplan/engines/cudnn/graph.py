@@ -1,7 +1,7 @@
-"""A `Problem` as cuDNN's operation graph: one convolution node over three tensors.
+"""A `Problem` as cuDNN's operation graph: one convolution node over three tensors, and nodes for what follows it (B30).
 
 Here is what a convolution is to cuDNN: dims, strides, dtypes, alignments, the compute type, padding before and after.
-Which configurations exist for a graph is in `configs`; how it runs, in
+Which nodes an epilogue becomes is in `fusion`. Which configurations exist for a graph is in `configs`; how it runs, in
 `plans`.
 """
 
@@ -13,16 +13,24 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import msgspec
 
-from convplan._problem import DTYPES, Problem, TensorSpec, channels_last_strides, contiguous_strides
+from convplan._problem import DTYPES, WRITES, Problem, TensorSpec, channels_last_strides, contiguous_strides
+from convplan.engines.cudnn import fusion
 from convplan.engines.cudnn.descriptors import Descriptor
-from convplan.engines.cudnn.enums import Attribute, AttributeType, ConvolutionMode, DataType, DescriptorType
+from convplan.engines.cudnn.enums import (
+    Attribute,
+    AttributeType,
+    ConvolutionMode,
+    DataType,
+    DescriptorType,
+    PointwiseMode,
+)
 from convplan.engines.cudnn.library import Library
 
 if TYPE_CHECKING:
     from convplan.engines.cudnn.target import Target
 
 # Identifiers of the tensors in a graph are letters (B27).
-UIDS = {letter: ord(letter) for letter in "xywzb"}
+UIDS = {letter: ord(letter) for letter in "xywzbs"}
 
 DATA_TYPES: dict[str, DataType] = {
     "float64": DataType.DOUBLE,
@@ -58,7 +66,7 @@ def refusal(problem: Problem) -> str:
             return f"a dimension is {largest}, supported: below 2**31"
     if _overlaps(problem.output):
         return f"the output has strides {problem.output.strides}, supported: a place in memory for each element"
-    return ""
+    return fusion.refusal(problem)
 
 
 def needs_copy(spec: TensorSpec) -> bool:
@@ -97,8 +105,13 @@ def _overlaps(spec: TensorSpec) -> bool:
     return False
 
 
-def operation_graph(target: Target, problem: Problem) -> Descriptor:
+def operation_graph(target: Target, problem: Problem, *, specialised: bool = False) -> Descriptor:
     """The finalised graph of a problem that `refusal` has nothing against.
+
+    Args:
+        target: what it is for.
+        problem: a bias alone is no part of the graph; every other epilogue is.
+        specialised: in the form that cuDNN has ready-made engines for; only where the module `fusion` says that it fits.
 
     Raises:
         CudnnError: cuDNN refuses a tensor, the convolution, or their combination.
@@ -108,8 +121,12 @@ def operation_graph(target: Target, problem: Problem) -> Descriptor:
     kind, prefix, roles = _OPERATIONS[problem.op]
     operation = Descriptor(library, kind)
     dense_strides = dense_strides_of(problem)
+    tensors = {letter: tensor(library, letter, getattr(problem, letter), dense_strides) for letter in "xwy"}
+    fused = fusion.nodes_behind(problem, specialised)
+    nodes = [] if fused is None else _pointwise_nodes(library, problem, fused, tensors, dense_strides)
+    ends = tensors if fused is None else {**tensors, WRITES[problem.op]: tensors[fused.result]}
     for role, letter in zip(roles, "xwy", strict=True):
-        operation.set(Attribute[f"{prefix}_{role}"], tensor(library, letter, getattr(problem, letter), dense_strides))
+        operation.set(Attribute[f"{prefix}_{role}"], ends[letter])
     operation.set(Attribute[f"{prefix}_CONV_DESC"], _convolution(library, DATA_TYPES[accumulate], window_of(problem)))
     scaling = AttributeType.DOUBLE if accumulate == "float64" else AttributeType.FLOAT
     operation.set(Attribute[f"{prefix}_ALPHA"], 1.0, as_type=scaling)
@@ -117,10 +134,46 @@ def operation_graph(target: Target, problem: Problem) -> Descriptor:
     operation.finalize()
 
     graph = Descriptor(library, DescriptorType.OPERATIONGRAPH)
-    graph.set(Attribute.OPERATIONGRAPH_OPS, [operation])
+    graph.set(Attribute.OPERATIONGRAPH_OPS, [operation, *nodes])
     if target.index is not None:  # engines and heuristics learn from it which GPU they are asked about
         graph.set(Attribute.OPERATIONGRAPH_HANDLE, target.handle)
     return graph.finalize()
+
+
+def _pointwise_nodes(
+    library: Library,
+    problem: Problem,
+    fused: fusion.Fusion,
+    tensors: dict[str, Descriptor],
+    dense_strides: Strides,
+) -> list[Descriptor]:
+    """The nodes behind the convolution; their tensors join `tensors`."""
+    for name, spec in fused.given.items():
+        tensors[name] = tensor(library, name, spec, dense_strides)
+    for name in (*fused.virtual, *fused.constants):
+        tensors[name] = tensor(library, name, spec_of(problem, name), dense_strides)
+    return [_pointwise_node(library, node, tensors) for node in fused.nodes]
+
+
+def spec_of(problem: Problem, name: str) -> TensorSpec:
+    """A tensor of a fused graph that is nowhere in the GPU's memory: virtual, or a number that is given by value."""
+    if name.startswith("v"):
+        alignment_bytes = fusion.VIRTUAL_ALIGNMENT_BYTES
+        return msgspec.structs.replace(problem.output, dtype=fusion.INTERMEDIATE, alignment_bytes=alignment_bytes)
+    ones = (1,) * len(problem.output.dims)
+    return TensorSpec(ones, ones, fusion.INTERMEDIATE)
+
+
+def _pointwise_node(library: Library, node: fusion.Node, tensors: dict[str, Descriptor]) -> Descriptor:
+    operation = Descriptor(library, DescriptorType.OPERATION_POINTWISE)
+    operation.set(Attribute.OPERATION_POINTWISE_PW_DESCRIPTOR, _pointwise(library, node.mode, node.settings))
+    operation.set(Attribute.OPERATION_POINTWISE_XDESC, tensors[node.x])
+    if node.b:
+        operation.set(Attribute.OPERATION_POINTWISE_BDESC, tensors[node.b])
+    operation.set(Attribute.OPERATION_POINTWISE_YDESC, tensors[node.y])
+    if node.alpha2 != 1:
+        operation.set(Attribute.OPERATION_POINTWISE_ALPHA2, node.alpha2)
+    return operation.finalize()
 
 
 Strides = Callable[[Sequence[int]], tuple[int, ...]]
@@ -129,6 +182,7 @@ Strides = Callable[[Sequence[int]], tuple[int, ...]]
 def forget_parts() -> None:
     """Let go of the descriptors that graphs share."""
     _convolution.cache_clear()
+    _pointwise.cache_clear()
     tensor.cache_clear()
 
 
@@ -172,16 +226,29 @@ def _convolution(library: Library, accumulate: DataType, window: Window) -> Desc
     return convolution.finalize()
 
 
+@functools.lru_cache(maxsize=64)
+def _pointwise(library: Library, mode: PointwiseMode, settings: fusion.Settings) -> Descriptor:
+    pointwise = Descriptor(library, DescriptorType.POINTWISE)
+    pointwise.set(Attribute.POINTWISE_MODE, mode)
+    pointwise.set(Attribute.POINTWISE_MATH_PREC, DATA_TYPES[fusion.INTERMEDIATE])
+    for attribute, value in settings:
+        pointwise.set(attribute, value)
+    return pointwise.finalize()
+
+
 @functools.lru_cache(maxsize=128)
-def tensor(library: Library, letter: str, spec: TensorSpec, dense_strides: Strides = contiguous_strides) -> Descriptor:
-    """One tensor of a graph; `letter` identifies it, `dense_strides` is the layout that it has if its strides allow."""
+def tensor(library: Library, name: str, spec: TensorSpec, dense_strides: Strides = contiguous_strides) -> Descriptor:
+    """One tensor of a graph; `name` identifies it, `dense_strides` is the layout that it has if its strides allow."""
     dims, strides = tensor_layout(spec, dense_strides)
     descriptor = Descriptor(library, DescriptorType.TENSOR)
-    descriptor.set(Attribute.TENSOR_UNIQUE_ID, UIDS[letter])
+    descriptor.set(Attribute.TENSOR_UNIQUE_ID, fusion.uid_of(name))
     descriptor.set(Attribute.TENSOR_DATA_TYPE, DATA_TYPES[spec.dtype])
     descriptor.set(Attribute.TENSOR_BYTE_ALIGNMENT, spec.alignment_bytes)
     descriptor.set(Attribute.TENSOR_DIMENSIONS, dims)
     descriptor.set(Attribute.TENSOR_STRIDES, strides)
+    if len(name) > 1:
+        virtual = name.startswith("v")
+        descriptor.set(Attribute.TENSOR_IS_VIRTUAL if virtual else Attribute.TENSOR_IS_BY_VALUE, True)
     return descriptor.finalize()
 
 

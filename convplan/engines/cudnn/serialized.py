@@ -14,6 +14,8 @@ from __future__ import annotations
 
 import base64
 import binascii
+import ctypes
+import sys
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 from weakref import WeakKeyDictionary
@@ -21,14 +23,17 @@ from weakref import WeakKeyDictionary
 import msgspec
 
 from convplan._measure import first_line
-from convplan._problem import DTYPES, Problem
+from convplan._problem import DTYPES, WRITES, Problem, TensorSpec
 from convplan.engines.cudnn.descriptors import CudnnError
-from convplan.engines.cudnn.enums import DataType
+from convplan.engines.cudnn.enums import Attribute, DataType, PointwiseMode
+from convplan.engines.cudnn.fusion import INTERMEDIATE, Fusion, Node, nodes_behind, uid_of
 from convplan.engines.cudnn.graph import (
     DATA_TYPES,
     UIDS,
+    Strides,
     dense_strides_of,
     operation_graph,
+    spec_of,
     tensor_layout,
     window_of,
 )
@@ -40,16 +45,9 @@ if TYPE_CHECKING:
 # Which slot of a machine a GPU sits in, and how fast it is clocked, makes no other GPU of it.
 _PLACES = ("pciDeviceId", "cudaDeviceId", "smClockRateKHz", "memClockRateKHz", "totalGlobalMem", "driverVer")
 _KNOB_PREFIX = "CUDNN_KNOB_TYPE_"
-_WRITTEN_BYTES = {"pointer": 8, "workspace": 8, "tma_desc": 128}  # into a kernel's parameters, at a run
+_WRITTEN_BYTES = {"pointer": 8, "workspace": 8, "tma_desc": 128, "value": 4}  # into a kernel's parameters, at a run
 _IDENTIFIERS = tuple(UIDS[letter] for letter in "xwy")
 MOST_PIECES = 16  # of a workspace; cuDNN numbers them from 0, and 3 were seen
-# What the written address may be of: a tensor, or a piece of the workspace.
-_TARGETS: dict[str | None, tuple[int | None, ...]] = {
-    None: (None,),
-    "pointer": _IDENTIFIERS,
-    "workspace": tuple(range(MOST_PIECES)),
-    "tma_desc": (*_IDENTIFIERS, *range(MOST_PIECES)),
-}
 _ELF = b"\x7fELF"
 
 # Operation by operation: how cuDNN calls the graph, the node, and the node's ends in the order of x, w, y.
@@ -58,7 +56,21 @@ _NODES: dict[str, tuple[str, str, tuple[str, str, str]]] = {
     "dgrad": ("CONV_BWD_DATA", "BACKWARD_DATA", ("dX", "W", "dY")),
     "wgrad": ("CONV_BWD_FILTER", "BACKWARD_FILTER", ("X", "dW", "dY")),
 }
-_FP8_GRAPH = "GENERIC_CONV_FUSION"  # what graphs of fp8 are called instead, of whichever operation
+# What graphs are called instead whose engines are all compiled: those of fp8, and fused ones of whichever operation.
+_GENERAL_GRAPH = "GENERIC_CONV_FUSION"
+_SPECIALISED_GRAPH = "CONV_ADD_BIAS_ACT"  # with a residual or without, with an activation or without
+
+# What cuDNN writes about a mode that has settings: their names, and their values where they are not set.
+_SETTINGS: dict[PointwiseMode, dict[str, tuple[Attribute, float]]] = {
+    PointwiseMode.RELU_FWD: {
+        "upperClip": (Attribute.POINTWISE_RELU_UPPER_CLIP, sys.float_info.max),
+        "lowerClip": (Attribute.POINTWISE_RELU_LOWER_CLIP, 0.0),
+        "lowerClipSlope": (Attribute.POINTWISE_RELU_LOWER_CLIP_SLOPE, 0.0),
+    },
+    PointwiseMode.ELU_FWD: {"alpha": (Attribute.POINTWISE_ELU_ALPHA, 1.0)},
+    PointwiseMode.SWISH_FWD: {"beta": (Attribute.POINTWISE_SWISH_BETA, 1.0)},
+    PointwiseMode.SOFTPLUS_FWD: {"beta": (Attribute.POINTWISE_SOFTPLUS_BETA, 1.0)},
+}
 
 Number = Annotated[int, msgspec.Meta(ge=-(2**31), lt=2**31)]
 Name = Annotated[str, msgspec.Meta(max_length=1024)]
@@ -67,12 +79,14 @@ Name = Annotated[str, msgspec.Meta(max_length=1024)]
 class _Offset(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True):
     """A place in a kernel's parameters; with `update_as`, one into which cuDNN writes an address when the plan runs.
 
-    `uid` is the tensor's for a `pointer`, the number of a piece for `workspace`, and either for `tma_desc`.
+    `uid` is the tensor's for a `pointer`, the number of a piece for `workspace`, and either for `tma_desc`. For a
+    `value` it is that of a constant, which is written itself, in `size` bytes.
     """
 
     value: Number
     uid: Number | None = None
-    update_as: Literal["pointer", "workspace", "tma_desc"] | None = None
+    size: Number | None = None
+    update_as: Literal["pointer", "workspace", "tma_desc", "value"] | None = None
 
 
 class _Parameters(msgspec.Struct, forbid_unknown_fields=True, rename="camel"):
@@ -177,9 +191,36 @@ def _smallest_plan(target: Target) -> bytes:
     raise ValueError(f"there is no plan to compare it with: {failed}")
 
 
-def graph_json(problem: Problem) -> dict[str, Any]:
-    """A problem's operation graph as cuDNN writes it into the plans for it, keys in the same order."""
-    usual_mode, operation, ends = _NODES[problem.op]
+def graph_json(problem: Problem, specialised: bool = False) -> dict[str, Any]:
+    """A problem's operation graph as cuDNN writes it into the plans for it, keys in the same order.
+
+    Args:
+        problem: with its epilogue, unless that is a bias alone.
+        specialised: as for `graph.operation_graph`.
+    """
+    mode, _, _ = _NODES[problem.op]
+    dense_strides = dense_strides_of(problem)
+    specs = {letter: getattr(problem, letter) for letter in "wxy"}
+    fused = nodes_behind(problem, specialised)
+    if fused is None:
+        if problem.dtype.startswith("float8"):
+            mode = _GENERAL_GRAPH
+        tensors = [_tensor_json(name, spec, dense_strides) for name, spec in specs.items()]
+        return {"finalizeMode": mode, "tensors": tensors, "nodes": [_convolution_json(problem, {})]}
+    specs |= fused.given | {name: spec_of(problem, name) for name in (*fused.virtual, *fused.constants)}
+    return {
+        "finalizeMode": _SPECIALISED_GRAPH if specialised else _GENERAL_GRAPH,
+        "tensors": [_tensor_json(name, specs[name], dense_strides) for name in sorted(specs, key=uid_of)],
+        "nodes": [
+            _convolution_json(problem, {WRITES[problem.op]: fused.result}),
+            *map(_pointwise_json, fused.nodes),
+        ],
+    }
+
+
+def _convolution_json(problem: Problem, instead: Mapping[str, str]) -> dict[str, Any]:
+    """The convolution's node; `instead` names tensors that take the place of the problem's own."""
+    _, operation, ends = _NODES[problem.op]
     window = window_of(problem)
     padding = (
         {"pad": window.before}
@@ -195,24 +236,37 @@ def graph_json(problem: Problem) -> dict[str, Any]:
         **padding,
         "stride": window.stride,
         "dilation": window.dilation,
-        **{end: str(UIDS[letter]) for end, letter in zip(ends, "xwy", strict=True)},
+        **{end: _name(instead.get(letter, letter)) for end, letter in zip(ends, "xwy", strict=True)},
     }
     if problem.groups > 1:
         node["groupCount"] = problem.groups
-    mode = _FP8_GRAPH if problem.dtype.startswith("float8") else usual_mode
-    return {"finalizeMode": mode, "tensors": [_tensor_json(problem, letter) for letter in "wxy"], "nodes": [node]}
+    return node
 
 
-def _tensor_json(problem: Problem, letter: str) -> dict[str, Any]:
-    spec = getattr(problem, letter)
-    dims, strides = tensor_layout(spec, dense_strides_of(problem))
+def _pointwise_json(node: Node) -> dict[str, Any]:
+    given, named = dict(node.settings), _SETTINGS.get(node.mode, {})
     return {
-        "name": str(UIDS[letter]),
+        "operation": "CUDNN_BACKEND_OPERATION_POINTWISE_DESCRIPTOR",
+        "pointwiseMode": f"CUDNN_POINTWISE_{node.mode.name}",
+        "mathPrec": _data_type(DATA_TYPES[INTERMEDIATE]),
+        **{name: float(given.get(attribute, usual)) for name, (attribute, usual) in named.items()},
+        "alpha1": 1.0,
+        "alpha2": ctypes.c_float(node.alpha2).value,  # which the attribute is
+        "X": _name(node.x),
+        "Y": _name(node.y),
+        **({"B": _name(node.b)} if node.b else {}),
+    }
+
+
+def _tensor_json(name: str, spec: TensorSpec, dense_strides: Strides) -> dict[str, Any]:
+    dims, strides = tensor_layout(spec, dense_strides)
+    return {
+        "name": _name(name),
         "dataType": _data_type(DATA_TYPES[spec.dtype]),
         "dim": dims,
         "stride": strides,
-        "isVirtual": False,
-        "isByValue": False,
+        "isVirtual": name.startswith("v"),
+        "isByValue": name.startswith("c"),
         "vectCount": 1,
         "vectDim": -1,
         "ptrAlignment": spec.alignment_bytes,
@@ -220,11 +274,23 @@ def _tensor_json(problem: Problem, letter: str) -> dict[str, Any]:
     }
 
 
+def _name(tensor: str) -> str:
+    return str(uid_of(tensor))
+
+
 def _data_type(number: DataType) -> str:
     return f"CUDNN_DATA_{number.name}"
 
 
-def vetted(serialized: bytes, problem: Problem, pattern: Pattern, engine: int, knobs: Mapping[str, int]) -> bytes:
+def vetted(
+    serialized: bytes,
+    problem: Problem,
+    pattern: Pattern,
+    engine: int,
+    knobs: Mapping[str, int],
+    *,
+    specialised: bool = False,
+) -> bytes:
     """The same plan written anew, after making sure that it is one for this problem, GPU, engine and knobs.
 
     Args:
@@ -232,12 +298,13 @@ def vetted(serialized: bytes, problem: Problem, pattern: Pattern, engine: int, k
         problem: what the plan must compute.
         pattern: of the GPU that it must be for.
         engine, knobs: cuDNN's index of the engine that it must be of, and its knobs by name; -1 and absent are one.
+        specialised: the form of its graph, as for `graph.operation_graph`.
 
     Raises:
         ValueError: it is no plan, or another one: says in which part.
     """
     found = _decoded(serialized)
-    graph = graph_json(problem)
+    graph = graph_json(problem, specialised)
     for part, mine, theirs in (
         ("cudnnVersion", pattern.cudnn_version, found.cudnn_version),
         ("schemaVersion", pattern.schema_version, found.schema_version),
@@ -246,7 +313,8 @@ def vetted(serialized: bytes, problem: Problem, pattern: Pattern, engine: int, k
     ):
         if not _same(mine, theirs):
             raise ValueError(f"the serialized plan's {part} is not that of the problem, the GPU and cuDNN here")
-    own = _vetted_engine(found.engine, engine, knobs)
+    fused = nodes_behind(problem, specialised)
+    own = _vetted_engine(found.engine, engine, knobs, _targets(fused))
     return _encode(
         {
             "cudnnVersion": pattern.cudnn_version,
@@ -284,7 +352,23 @@ def _without_places(profile: object) -> object:
     return {**kept, "places": {name: type(value).__name__ for name, value in profile.items() if name in _PLACES}}
 
 
-def _vetted_engine(raw: msgspec.Raw, engine: int, knobs: Mapping[str, int]) -> _Engine:
+Targets = dict[str | None, tuple[int | None, ...]]
+
+
+def _targets(fused: Fusion | None) -> Targets:
+    """What may be written into a kernel's parameters: addresses of tensors and pieces of workspace, and constants."""
+    given, constants = ((), ()) if fused is None else (fused.given, fused.constants)
+    tensors = (*_IDENTIFIERS, *map(uid_of, given))
+    return {
+        None: (None,),
+        "pointer": tensors,
+        "workspace": tuple(range(MOST_PIECES)),
+        "tma_desc": (*tensors, *range(MOST_PIECES)),
+        "value": tuple(map(uid_of, constants)),
+    }
+
+
+def _vetted_engine(raw: msgspec.Raw, engine: int, knobs: Mapping[str, int], targets: Targets) -> _Engine:
     """The engine's own part, of the right engine with the right knobs, every place in it within bounds."""
     try:
         found = _engine_decoder.decode(raw)
@@ -296,7 +380,7 @@ def _vetted_engine(raw: msgspec.Raw, engine: int, knobs: Mapping[str, int]) -> _
     if _chosen(theirs) != _chosen(knobs):
         raise ValueError(f"the serialized plan has the knobs {_chosen(theirs)}, expected {_chosen(knobs)}")
     for kernel in found.payload.kernels if found.payload is not None else ():
-        _vet_kernel(kernel)
+        _vet_kernel(kernel, targets)
     return found
 
 
@@ -304,7 +388,7 @@ def _chosen(knobs: Mapping[str, int]) -> dict[str, int]:
     return {name: value for name, value in knobs.items() if value != -1}
 
 
-def _vet_kernel(kernel: _Kernel) -> None:
+def _vet_kernel(kernel: _Kernel, targets: Targets) -> None:
     if not _bytes_of(kernel.cubin, "cubin").startswith(_ELF):
         raise ValueError(f"the serialized plan's kernel {kernel.kernel_name[:80]!r} is no compiled code")
     if kernel.kernel_params is None:
@@ -314,7 +398,9 @@ def _vet_kernel(kernel: _Kernel) -> None:
         kind = offset.update_as
         if not 0 <= offset.value <= room - (0 if kind is None else _WRITTEN_BYTES[kind]):
             raise ValueError(f"the serialized plan has an offset of {offset.value} into {room} bytes of parameters")
-        expected = _TARGETS[kind]
+        if offset.size != (_WRITTEN_BYTES["value"] if kind == "value" else None):
+            raise ValueError(f"the serialized plan writes {offset.size} bytes as {kind}, expected 4 of a constant")
+        expected = targets[kind]
         if offset.uid not in expected:
             raise ValueError(
                 f"the serialized plan wants the address of tensor {offset.uid}, expected one of {expected}"

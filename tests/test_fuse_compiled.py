@@ -1,0 +1,169 @@
+"""What `compile_options(fuse=True)` makes of a compiled model's graph, and compiled models that were fused before."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from functorch.compile import make_boxed_func
+from helpers.fresh import fresh_process
+from helpers.fusing import ready
+from torch import nn
+from torch._dynamo.backends.common import aot_autograd
+from torch._inductor.decomposition import select_decomp_table
+
+import convplan
+from convplan import Policy
+from convplan.torch_ops import kept, library
+
+Tensor = torch.Tensor
+QUICK = Policy(effort="instant", engines=("aten",))
+FUSED, KEPT = "convplan.fused_convolution.default", "convplan.convolution.kept"
+
+
+@pytest.fixture(autouse=True)
+def _fresh() -> Iterator[None]:
+    torch._dynamo.reset()
+    with fresh_process():
+        yield
+    torch._dynamo.reset()
+
+
+class Layer(nn.Module):
+    def __init__(self, follow: Callable[[Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.conv, self.follow = nn.Conv2d(4, 4, 3, padding=1), follow
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.follow(self.conv(x), x)
+
+
+def compiled(model: nn.Module, graphs: list[torch.fx.Graph], channels_last: bool | None = False) -> Any:
+    keep = kept.KeepConvolutions(library.policy_text(QUICK), channels_last, fuse=True)
+
+    def run(module: torch.fx.GraphModule, _: Any) -> Any:
+        keep(module.graph)
+        module.graph.lint()
+        module.recompile()
+        graphs.append(module.graph)
+        return make_boxed_func(module.forward)
+
+    backend = aot_autograd(fw_compiler=run, bw_compiler=run, decompositions=select_decomp_table())
+    return torch.compile(model, backend=backend, fullgraph=True)
+
+
+def calls(graphs: list[torch.fx.Graph]) -> list[str]:
+    return [str(node.target) for graph in graphs for node in graph.nodes if node.op == "call_function"]
+
+
+FOLLOWING: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "relu": lambda y, x: F.relu(y),
+    "in place": lambda y, x: y.relu_(),
+    "sigmoid": lambda y, x: torch.sigmoid(y),
+    "tanh": lambda y, x: y.tanh(),
+    "add": lambda y, x: y + x,
+    "add and relu": lambda y, x: F.relu(x + y),
+    "alpha": lambda y, x: torch.add(y, x, alpha=-0.5).tanh(),
+    "add_": lambda y, x: y.add_(x).clamp(-0.5, 0.5),
+    "relu6": lambda y, x: F.relu6(y),
+}
+
+
+@pytest.mark.parametrize("form", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("name", FOLLOWING)
+def test_what_follows_is_one_call_in_the_graph(name: str, form: torch.memory_format) -> None:
+    model = Layer(FOLLOWING[name]).to(memory_format=form)
+    x, graphs = torch.randn(2, 4, 6, 5).to(memory_format=form), []
+    with torch.no_grad():
+        found, right = compiled(model, graphs)(x), model(x)
+    assert calls(graphs) == [FUSED]
+    torch.testing.assert_close(found, right, rtol=1e-4, atol=1e-5)
+    assert found.stride() == right.stride()
+
+
+APART: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "broadcast": lambda y, x: y + x[:, :, :1],
+    "twice": lambda y, x: F.relu(y) * y,
+    "number": lambda y, x: y + 2,
+    "itself": lambda y, x: y + y,
+    "layout": lambda y, x: y + x.to(memory_format=torch.channels_last),
+    "dtype": lambda y, x: y + x.double(),
+    "alpha": lambda y, x: torch.add(x, y, alpha=2),
+}
+
+
+@pytest.mark.parametrize("name", APART)
+def test_what_a_plan_cannot_add_stays_apart(name: str) -> None:
+    model, x, graphs = Layer(APART[name]), torch.randn(2, 4, 6, 5), []
+    with torch.no_grad():
+        found, right = compiled(model, graphs)(x), model(x)
+    assert KEPT in calls(graphs)
+    assert FUSED not in calls(graphs)
+    torch.testing.assert_close(found, right, rtol=1e-4, atol=1e-5)
+
+
+def test_two_convolutions_with_a_sum_of_both_and_channels_last_throughout() -> None:
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.two, self.beside = (nn.Conv2d(4, 8, 3), nn.Conv2d(8, 8, 1), nn.Conv2d(4, 8, 3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return F.relu(self.two(F.relu(self.one(x))) + self.beside(x))
+
+    model, x, graphs = Block(), torch.randn(2, 4, 6, 5), []
+    with torch.no_grad():
+        found = compiled(model, graphs, channels_last=True)(x)
+    kinds = [one for one in calls(graphs) if "conv" in one]
+    assert sorted(kinds) == [KEPT, FUSED, FUSED]
+    torch.testing.assert_close(found, model(x), rtol=1e-4, atol=1e-5)
+
+
+def test_training_through_fused_calls_gives_the_same_gradients() -> None:
+    model = Layer(FOLLOWING["add and relu"])
+    mine, x, graphs = copy.deepcopy(model), torch.randn(2, 4, 6, 5), []
+    compiled(mine, graphs)(x).square().sum().backward()
+    model(x).square().sum().backward()
+    assert FUSED in calls(graphs)
+    for one, other in zip(mine.parameters(), model.parameters(), strict=True):
+        torch.testing.assert_close(one.grad, other.grad, rtol=1e-4, atol=1e-4)
+
+
+def test_sizes_that_are_symbols_are_fused_where_nothing_is_added() -> None:
+    graphs: list[torch.fx.Graph] = []
+    model = Layer(FOLLOWING["relu"])
+    keep = compiled(model, graphs)
+    with torch.no_grad():
+        for width in (5, 6, 7):
+            x = torch.randn(2, 4, 6, width)
+            torch.testing.assert_close(keep(x), model(x), rtol=1e-4, atol=1e-5)
+    assert len(graphs) == 2
+    assert calls(graphs).count(FUSED) == 2
+
+
+def test_the_setting_is_part_of_what_tells_passes_apart() -> None:
+    plain, fusing = (convplan.compile_options(QUICK, fuse=fuse)["post_grad_custom_pre_pass"] for fuse in (False, True))
+    assert plain != fusing
+    assert plain.uuid() != fusing.uuid()
+    assert fusing == convplan.compile_options(QUICK, fuse=True)["post_grad_custom_pre_pass"]
+
+
+def test_a_fused_model_compiles_to_convplans_operators() -> None:
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.norm = nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4)
+            self.last = nn.Sequential(nn.Conv2d(4, 4, 1), nn.SiLU())
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last(F.relu(self.norm(self.conv(x)) + x))
+
+    model = ready(Block())
+    fused, x = convplan.fuse(model, policy=QUICK), torch.randn(2, 4, 6, 5)
+    run = torch.compile(fused, backend="aot_eager", fullgraph=True)
+    with torch.no_grad():
+        torch.testing.assert_close(run(x), model(x), rtol=1e-4, atol=1e-5)
