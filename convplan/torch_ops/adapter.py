@@ -105,19 +105,30 @@ def spec_of(tensor: torch.Tensor) -> TensorSpec:
     return TensorSpec(tuple(tensor.shape), tensor.stride(), dtype, alignment_bytes(tensor))
 
 
-def output_spec(dims: Sequence[int], x: torch.Tensor, w: torch.Tensor, args: ConvArgs) -> TensorSpec:
+def output_spec(
+    dims: Sequence[int], x: torch.Tensor, w: torch.Tensor, args: ConvArgs, *, cudnn: bool | None = None
+) -> TensorSpec:
     """The output's layout as torch chooses it: channels-last when either input suggests it (B3)."""
-    return TensorSpec(tuple(dims), output_strides(dims, x, w, args), DTYPE_NAMES[x.dtype])
+    return TensorSpec(tuple(dims), output_strides(dims, x, w, args, cudnn=cudnn), DTYPE_NAMES[x.dtype])
 
 
-def output_strides(dims: Sequence[int], x: torch.Tensor, w: torch.Tensor, args: ConvArgs) -> tuple[int, ...]:
+def output_strides(
+    dims: Sequence[int], x: torch.Tensor, w: torch.Tensor, args: ConvArgs, *, cudnn: bool | None = None
+) -> tuple[int, ...]:
     """The strides that torch gives an output, also where a size-1 dimension leaves them open.
+
+    Args:
+        dims: of the output.
+        x, w: what is read; of a gradient the two tensors that it is made of.
+        args: of the call.
+        cudnn: on a GPU, whether torch gives the convolution to cuDNN; None: it is asked, and x and w must be those of the
+            call itself.
 
     Torch computes one spatial dimension as two, from an input that it makes contiguous first, so that the weight alone
     decides. Its own 3-D kernels for the CPU, which serve what oneDNN does not, know only contiguous results, and so do
     its kernels for a GPU that serve what cuDNN does not.
     """
-    if x.device.type == "cuda" and not _cudnn_may_choose(x, w, args):
+    if x.device.type == "cuda" and not (_cudnn_may_choose(x, w, args) if cudnn is None else cudnn):
         return contiguous_strides(dims)
     if len(dims) == 5 and x.device.type == "cpu" and not _onednn_takes(x, w, args):
         return contiguous_strides(dims)

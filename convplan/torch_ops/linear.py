@@ -109,6 +109,10 @@ class Geometry:
     def __init__(self, problem: Problem, args: ConvArgs, policy: Policy | None) -> None:
         self.dims = {"fprop": problem.y.dims, "dgrad": problem.x.dims, "wgrad": problem.w.dims}
         self.padding, self.args, self.policy = problem.padding, args, policy
+        self._op = problem.op
+        # Where the forward's kernels know only contiguous results on a GPU, those of its gradients do as well.
+        suggested = "channels_last" in (problem.inputs[0].layout, problem.inputs[1].layout)
+        self._cudnn = problem.dtype != "float64" and (not suggested or problem.output.layout != "contiguous")
 
     def run(
         self,
@@ -121,8 +125,8 @@ class Geometry:
         """One of the three on (x, w), (dy, w) or (x, dy), planned under the geometry's policy."""
         token = state.token
         key = (
-            token, op, self.dims[op], self.args, self.policy, first.shape, first.stride(), first.dtype, second.shape,
-            second.stride(), bias is None, first.get_device(), ALIGNMENT_BYTES[first.data_ptr() & 31],
+            token, op, self.dims[op], self.args, self.policy, self._cudnn, first.shape, first.stride(), first.dtype,
+            second.shape, second.stride(), bias is None, first.get_device(), ALIGNMENT_BYTES[first.data_ptr() & 31],
             ALIGNMENT_BYTES[second.data_ptr() & 31], live_flags(first.get_device()),
         )  # fmt: skip
         callers = local.callers
@@ -144,7 +148,9 @@ class Geometry:
         specs = {
             given[0]: spec_of(first),
             given[1]: spec_of(second),
-            written: output_spec(self.dims[op], first, second, self.args),
+            written: output_spec(
+                self.dims[op], first, second, self.args, cudnn=None if op == self._op else self._cudnn
+            ),
         }
         return Problem(
             op=op,

@@ -49,7 +49,7 @@ def trouble(problem: Problem, candidate: Candidate, inputs: Inputs, right: oracl
     """What is wrong with a plan; empty when it builds, runs and is right."""
     try:
         run = CudnnEngine().build(problem, candidate.config, Policy()).run
-        found = run(*inputs, None)
+        found = inputs.given_to(run)
         torch.cuda.synchronize()
     except Exception as exc:  # listed by name
         return f"{type(exc).__name__}: {exc}"

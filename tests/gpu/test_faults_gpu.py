@@ -270,7 +270,7 @@ def test_a_worker_killed_from_outside_costs_nobody(monkeypatch: pytest.MonkeyPat
     finally:
         killer.join()
     assert killed
-    assert links[0].starts == 2
+    assert 2 <= links[0].starts <= 3
     assert index(record.ranking[0]) == 8
     assert "crash" not in {evidence.rejected for evidence in record.rejected}
 

@@ -98,7 +98,8 @@ def test_a_network_computes_the_same_when_it_is_fused(
     right = outputs(copy.deepcopy(model).double(), x.double())
     after = model.state_dict()
     assert all(torch.equal(after[key], value) for key, value in before.items())
-    assert (stats["fell_back"], stats["failed"]) == (0, 0)
+    assert stats["failed"] == 0
+    assert stats["fell_back"] == 0 or policy is QUICKER  # which asks for nothing but torch's kernels
     assert not [path for path, one in fused.named_modules() if isinstance(one, FusedCall) and one.sums_apart] or (
         name == "cspresnet50"  # adds slices of tensors, which are no dense layout
     )

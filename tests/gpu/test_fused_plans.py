@@ -109,7 +109,7 @@ def test_every_activation_is_computed_behind_scale_residual_and_bias(
 
 
 @pytest.mark.behaviour("B30")
-@pytest.mark.parametrize(("dtype", "layout"), itertools.product(FLOATS, ("channels_last", "contiguous")))
+@pytest.mark.parametrize(("dtype", "layout"), [*itertools.product(FLOATS, ("channels_last", "contiguous"))])
 def test_ready_made_engines_compute_what_they_are_offered_for(
     dtype: str, layout: str, findings: dict[str, Any]
 ) -> None:
@@ -240,7 +240,7 @@ def test_a_restored_plan_gives_the_same_bits(form: int) -> None:
     assert torch.equal(inputs.given_to(again.run), inputs.given_to(built.run))
 
 
-@pytest.mark.parametrize(("dtype", "layout"), itertools.product(FLOATS, ("channels_last", "contiguous")))
+@pytest.mark.parametrize(("dtype", "layout"), [*itertools.product(FLOATS, ("channels_last", "contiguous"))])
 def test_a_bias_alone_is_added_in_the_same_kernel(dtype: str, layout: str, findings: dict[str, Any]) -> None:
     problem = small("fprop", dtype, layout, Epilogue(bias=True))
     ready = [one for one in some(problem, SPECIALISED) if COMPILED not in one.notes.behavior]

@@ -478,3 +478,15 @@ def test_a_plan_comes_back_from_its_json() -> None:
         torch.cuda.synchronize()
     assert torch.equal(out, again)
     close(out, x, w)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_gradients_of_the_functions_where_channels_differ(dtype: torch.dtype, layout: torch.memory_format) -> None:
+    x = torch.randn(4, 16, 14, 14, device="cuda", dtype=dtype).contiguous(memory_format=layout).requires_grad_()
+    w = torch.randn(48, 16, 3, 3, device="cuda", dtype=dtype).contiguous(memory_format=layout).requires_grad_()
+    mine, stock = convplan.conv2d(x, w, padding=1, policy=Policy(effort="instant")), F.conv2d(x, w, padding=1)
+    dy = torch.randn_like(stock)
+    for one, other in zip(torch.autograd.grad(mine, (x, w), dy), torch.autograd.grad(stock, (x, w), dy), strict=True):
+        assert one.stride() == other.stride()
+        torch.testing.assert_close(one, other, rtol=2e-2, atol=2e-2 * float(other.abs().max()))
