@@ -121,8 +121,8 @@ def output_strides(
         dims: of the output.
         x, w: what is read; of a gradient the two tensors that it is made of.
         args: of the call.
-        cudnn: on a GPU, whether torch gives the convolution to cuDNN; None: it is asked, and x and w must be those of the
-            call itself.
+        cudnn: on a GPU, whether torch gives the convolution to cuDNN; None: it is asked, and x and w must be those
+            of the call itself.
 
     Torch computes one spatial dimension as two, from an input that it makes contiguous first, so that the weight alone
     decides. Its own 3-D kernels for the CPU, which serve what oneDNN does not, know only contiguous results, and so do

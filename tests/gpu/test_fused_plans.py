@@ -247,6 +247,14 @@ def test_a_bias_alone_is_added_in_the_same_kernel(dtype: str, layout: str, findi
     findings[f"fused-bias-{dtype}-{layout}"] = check(problem, ready)
 
 
+@pytest.mark.parametrize("layout", ["channels_last", "contiguous"])
+def test_what_is_added_may_lie_anywhere(layout: str) -> None:
+    """At addresses that only the elements' size divides."""
+    aligned = {"bias_alignment_bytes": 2, "residual_alignment_bytes": 2}
+    problem = small("fprop", "float16", layout, Epilogue(bias=True, residual=True, activation="relu", **aligned))
+    check(problem, some(problem, SPECIALISED) + (some(problem, GENERAL)[:1] if layout == "channels_last" else []))
+
+
 def test_a_bias_alone_may_lie_anywhere() -> None:
     """With gaps, or at an address that only its own size divides, as a view of a flat parameter does."""
     problem = small("fprop", "float16", "channels_last", Epilogue(bias=True))

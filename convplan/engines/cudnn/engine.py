@@ -223,7 +223,7 @@ def _variants(problem: Problem) -> list[tuple[Problem, dict[str, int]]]:
 def _forms(problem: Problem) -> tuple[int, ...]:
     """The values of `fused` that a problem can have."""
     if problem.epilogue.is_plain:
-        return (0, SPECIALISED) if takes_bias(problem) else (0,)
+        return (SPECIALISED, 0) if takes_bias(problem) else (0,)
     return (SPECIALISED, GENERAL) if is_specialised(problem) else (GENERAL,)
 
 

@@ -22,14 +22,18 @@ from typing import NamedTuple
 import msgspec
 
 from convplan._epilogue import Epilogue
-from convplan._problem import DTYPES, FLOAT_DTYPES, WRITES, Problem, TensorSpec
+from convplan._problem import FLOAT_DTYPES, WRITES, Problem, TensorSpec
 from convplan.engines.cudnn.enums import Attribute, PointwiseMode
 
 INTERMEDIATE = "float32"  # type of what is never written to memory, and of all arithmetic behind the convolution
 VIRTUAL_ALIGNMENT_BYTES = 16  # of tensors that have no address; cuDNN wants a number
 SCALE_ALIGNMENT_BYTES = 4  # nothing in a problem says more of it
-# Activations, of those that cuDNN has at all, that the specialised engines compute.
+# What is added has at least this much when a plan runs, whatever the problem says: ready-made engines read a vector of
+# less as if it had, and fault (9.19, H200).
+ADDED_ALIGNMENT_BYTES = 16
+# Activations, of those that cuDNN has at all, that the specialised engines offer.
 _SPECIALISED = ("none", "relu", "clamp", "sigmoid", "tanh", "elu")
+_WRONG = ("tanh",)  # of these they make NaN where numbers are large (9.19, H200)
 # Above its threshold softplus is linear to torch, and never to cuDNN. From here on the difference, exp(-threshold) to
 # threshold, is far below what float32 rounds.
 LEAST_THRESHOLD = 17.0
@@ -101,7 +105,11 @@ def refusal(problem: Problem) -> str:
 
 
 def is_specialised(problem: Problem) -> bool:
-    """Whether a problem fits the form that cuDNN has ready-made engines for."""
+    """Whether a problem fits the form that cuDNN has ready-made engines for, which are right."""
+    return _fits_specialised(problem) and problem.epilogue.activation not in _WRONG
+
+
+def _fits_specialised(problem: Problem) -> bool:
     epilogue = problem.epilogue
     return (
         not epilogue.is_plain
@@ -144,9 +152,7 @@ def fusion_of(problem: Problem, specialised: bool) -> Fusion:
     if specialised:
         if epilogue.residual:
             line.add(_Mode.ADD, line.residual(epilogue), alpha2=epilogue.alpha)
-        # Of a bias alone the problem does not say how it is aligned.
-        own = DTYPES[problem.bias_dtype].itemsize_bytes if epilogue.is_plain else epilogue.bias_alignment_bytes
-        line.add(_Mode.ADD, line.vector("b", problem.bias_dtype, own))
+        line.add(_Mode.ADD, line.bias(problem))
     else:
         _general(line, problem)
     _activate(line, epilogue)
@@ -156,12 +162,12 @@ def fusion_of(problem: Problem, specialised: bool) -> Fusion:
 def _general(line: _Line, problem: Problem) -> None:
     epilogue = problem.epilogue
     residual = line.residual_times_alpha(epilogue) if epilogue.residual else ""
-    if is_specialised(problem) and epilogue.bias and not epilogue.residual:
+    if _fits_specialised(problem) and epilogue.bias and not epilogue.residual:
         line.add(_Mode.IDENTITY)
     if epilogue.scale:
         line.add(_Mode.MUL, line.vector("s", problem.scale_dtype, SCALE_ALIGNMENT_BYTES))
     if epilogue.bias:
-        line.add(_Mode.ADD, line.vector("b", problem.bias_dtype, epilogue.bias_alignment_bytes))
+        line.add(_Mode.ADD, line.bias(problem))
     if residual:
         line.add(_Mode.ADD, residual)
 
@@ -200,7 +206,8 @@ class _Line:
         return name
 
     def residual(self, epilogue: Epilogue) -> str:
-        self.given["z"] = msgspec.structs.replace(self._output, alignment_bytes=epilogue.residual_alignment_bytes)
+        aligned = max(epilogue.residual_alignment_bytes, ADDED_ALIGNMENT_BYTES)
+        self.given["z"] = msgspec.structs.replace(self._output, alignment_bytes=aligned)
         return "z"
 
     def residual_times_alpha(self, epilogue: Epilogue) -> str:
@@ -210,6 +217,11 @@ class _Line:
             return residual
         self.nodes.append(Node(_Mode.MUL, residual, self.constant(epilogue.alpha), times := self.virtual_tensor()))
         return times
+
+    def bias(self, problem: Problem) -> str:
+        """Of a bias alone the problem does not say how it is aligned."""
+        own = 0 if problem.epilogue.is_plain else problem.epilogue.bias_alignment_bytes
+        return self.vector("b", problem.bias_dtype, max(own, ADDED_ALIGNMENT_BYTES))
 
     def vector(self, letter: str, dtype: str, alignment_bytes: int) -> str:
         """One number for each channel, broadcast over the rest."""

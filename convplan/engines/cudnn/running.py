@@ -20,7 +20,7 @@ from convplan._errors import EngineUnavailable
 from convplan._problem import READS, WRITES, Problem, TensorSpec
 from convplan.engines._support import TORCH_DTYPES, empty
 from convplan.engines.base import Run
-from convplan.engines.cudnn.fusion import fusion_of, uid_of
+from convplan.engines.cudnn.fusion import ADDED_ALIGNMENT_BYTES, fusion_of, uid_of
 from convplan.engines.cudnn.plans import ExecutionPlan
 from convplan.engines.cudnn.target import handle_of
 
@@ -85,6 +85,7 @@ class Epilogued:
         return found
 
 
+UNALIGNED = ADDED_ALIGNMENT_BYTES - 1  # bits of an address
 Reader = Callable[[Any, Any, Any], tuple[int, ...]]
 # Which of residual, bias and scale a graph reads, in its own order. Written out, because this is in the hot path.
 _READERS: dict[str, Reader] = {
@@ -116,6 +117,7 @@ class Form(NamedTuple):
     uids: tuple[int, ...]  # of the tensors whose addresses a run gives, in that order
     epilogue: Epilogued | None  # None: nothing, or a bias that is added afterwards
     bias_alone: bool  # what follows the convolution is a bias and nothing else
+    moved: tuple[bool, bool]  # bias and residual are first copied to where engines can read them
 
     @classmethod
     def of(cls, problem: Problem, made: Problem, specialised: bool) -> Form:
@@ -127,8 +129,12 @@ class Form(NamedTuple):
         letters = READS[problem.op] + WRITES[problem.op]
         epilogue = Epilogued(problem, specialised) if specialised or not problem.epilogue.is_plain else None
         uids = (*map(uid_of, letters), *(() if epilogue is None else epilogue.uids))
-        dtype, plain = TORCH_DTYPES[spec.dtype], problem.epilogue.is_plain
-        return cls(spec.dims, spec.strides, dtype, bias_shape, (first, second), uids, epilogue, plain)
+        dtype, then = TORCH_DTYPES[spec.dtype], problem.epilogue
+        moved = (
+            then.bias and then.bias_alignment_bytes < ADDED_ALIGNMENT_BYTES,
+            then.residual and then.residual_alignment_bytes < ADDED_ALIGNMENT_BYTES,
+        )
+        return cls(spec.dims, spec.strides, dtype, bias_shape, (first, second), uids, epilogue, then.is_plain, moved)
 
     def place(self, out: Optional, device: torch.device) -> torch.Tensor:
         """`out` where a plan can write to it, else a new tensor."""
@@ -150,17 +156,34 @@ def make_run(form: Form, at: At) -> Run:
     epilogue = form.epilogue
     if epilogue is None:
         return _plain_run(form, at)
-    fused = _fused_run(form, epilogue, at)
-    return _with_bias_alone(fused) if form.bias_alone else fused
+    return _as_called(_fused_run(form, epilogue, at), form)
 
 
-def _with_bias_alone(fused: Run) -> Run:
-    """A fused run as a problem calls it that has nothing but a bias, of any strides."""
+def _as_called(fused: Run, form: Form) -> Run:
+    """A fused run that is given whatever its problem allows to be added."""
+    if form.bias_alone:
 
-    def run(first: torch.Tensor, second: torch.Tensor, bias: torch.Tensor, out: Optional) -> torch.Tensor:
-        return fused(first, second, bias if bias.is_contiguous() else bias.contiguous(), out, None, None)
+        def run_with_bias(first: torch.Tensor, second: torch.Tensor, bias: torch.Tensor, out: Optional) -> torch.Tensor:
+            ready = bias.is_contiguous() and not bias.data_ptr() & UNALIGNED
+            return fused(first, second, bias if ready else _moved(bias), out, None, None)
 
-    return run
+        return run_with_bias
+    bias_moves, residual_moves = form.moved
+    if not (bias_moves or residual_moves):
+        return fused
+
+    def run_moved(
+        first: torch.Tensor, second: torch.Tensor, bias: Optional, out: Optional, residual: Optional, scale: Optional
+    ) -> torch.Tensor:
+        moved = _moved(bias) if bias_moves and bias is not None else bias
+        other = residual.clone() if residual_moves and residual is not None else residual
+        return fused(first, second, moved, out, other, scale)
+
+    return run_moved
+
+
+def _moved(bias: torch.Tensor) -> torch.Tensor:
+    return bias.clone(memory_format=torch.contiguous_format)
 
 
 def _gpu_of(first: torch.Tensor) -> int:
@@ -228,9 +251,7 @@ def bound_run(form: Form, at: At, run: Run) -> Run:
         return _bound_plain(form, plan, index, _allocate, run)
     if epilogue.lacks_bias and torch.cuda.is_current_stream_capturing():
         return run
-    if form.bias_alone:
-        return _with_bias_alone(_bound_fused(form, epilogue, plan, index, _allocate, _fused_run(form, epilogue, at)))
-    return _bound_fused(form, epilogue, plan, index, _allocate, run)
+    return _as_called(_bound_fused(form, epilogue, plan, index, _allocate, _fused_run(form, epilogue, at)), form)
 
 
 def _bound_plain(form: Form, plan: ExecutionPlan, index: int, allocate: Callable[..., torch.Tensor], run: Run) -> Run:
