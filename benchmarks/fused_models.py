@@ -13,9 +13,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import statistics
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -204,7 +206,9 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=4.0, help="rounds of one case")
     parser.add_argument("--small", action="store_true", help="small models, to see that it runs")
     parser.add_argument("--side", nargs=3, help=argparse.SUPPRESS)
+    parser.add_argument("--limit-s", type=float, default=math.inf, help="stop then, with what there is")
     options = parser.parse_args()
+    options.deadline = time.perf_counter() + options.limit_s
     if options.side:
         serve(lambda: Side(options, *options.side))
         return
@@ -224,6 +228,9 @@ def main() -> None:
             batches = [int(one) for one in options.batches.split(",")] if options.batches else MODELS[name][3]
             for dtype in options.dtypes.split(","):
                 for batch in batches:
+                    if time.perf_counter() > options.deadline:
+                        about.append(f"Not reached: {name}, {dtype}, batch {batch}.")
+                        continue
                     raw["cases"].append(compare(options, name, dtype, batch))
                     (out / "fused_models.json").write_text(json.dumps(raw, indent=1) + "\n")
                     (out / "fused_models.md").write_text(table(raw))

@@ -309,7 +309,7 @@ class Process:
         more: tuple[str, ...] = (),
     ) -> None:
         self.library, self.way, self.failed = library, way, ""
-        self._deadline: float = getattr(options, "deadline", float("inf"))
+        self._deadline: float = options.deadline
         command = [sys.executable, str(script.resolve()), "--device", options.device, *more]
         command += ["--small"] if options.small else []
         command += ["--side", name, library, way]

@@ -138,7 +138,7 @@ def test_what_outputs_are_compared_with_is_fingerprinted() -> None:
 def right_answer(verifier: Verifier) -> torch.Tensor:
     from convplan.engines.fake import convolve_by_taps
 
-    return convolve_by_taps(PROBLEM, *verifier.random).float()
+    return convolve_by_taps(PROBLEM, *verifier.random[:3]).float()
 
 
 def test_memory_that_grows_at_every_batch_is_a_leak() -> None:

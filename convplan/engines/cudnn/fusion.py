@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 import msgspec
 
-from convplan._epilogue import Epilogue
+from convplan._epilogue import MAX_ALIGNMENT_BYTES, Epilogue
 from convplan._problem import FLOAT_DTYPES, WRITES, Problem, TensorSpec
 from convplan.engines.cudnn.enums import Attribute, PointwiseMode
 
@@ -54,6 +54,11 @@ _ONE_NODE: dict[str, tuple[PointwiseMode, tuple[Attribute, ...]]] = {
     "softplus": (_Mode.SOFTPLUS_FWD, (Attribute.POINTWISE_SOFTPLUS_BETA,)),
 }
 _SWISH_BETA: Settings = ((Attribute.POINTWISE_SWISH_BETA, 1.0),)
+
+
+def aligned_when_run(alignment_bytes: int) -> int:
+    """The alignment of what is added when a plan runs: what has less than engines can read is copied first."""
+    return alignment_bytes if alignment_bytes >= ADDED_ALIGNMENT_BYTES else MAX_ALIGNMENT_BYTES
 
 
 class Node(NamedTuple):
@@ -206,7 +211,7 @@ class _Line:
         return name
 
     def residual(self, epilogue: Epilogue) -> str:
-        aligned = max(epilogue.residual_alignment_bytes, ADDED_ALIGNMENT_BYTES)
+        aligned = aligned_when_run(epilogue.residual_alignment_bytes)
         self.given["z"] = msgspec.structs.replace(self._output, alignment_bytes=aligned)
         return "z"
 
@@ -220,8 +225,9 @@ class _Line:
 
     def bias(self, problem: Problem) -> str:
         """Of a bias alone the problem does not say how it is aligned."""
-        own = 0 if problem.epilogue.is_plain else problem.epilogue.bias_alignment_bytes
-        return self.vector("b", problem.bias_dtype, max(own, ADDED_ALIGNMENT_BYTES))
+        own = problem.epilogue.bias_alignment_bytes
+        aligned = ADDED_ALIGNMENT_BYTES if problem.epilogue.is_plain else aligned_when_run(own)
+        return self.vector("b", problem.bias_dtype, aligned)
 
     def vector(self, letter: str, dtype: str, alignment_bytes: int) -> str:
         """One number for each channel, broadcast over the rest."""
