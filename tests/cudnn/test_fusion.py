@@ -536,6 +536,14 @@ def test_strided_inputs_are_copied_in_each_form(cudnn: CudnnEngine) -> None:
     assert engines.OURS == ("dense", "fused")
 
 
+@pytest.mark.parametrize("parts", ["bias", "residual-bias"])
+def test_ready_made_engines_that_make_nan_of_tanh_are_not_asked(parts: str, cudnn: CudnnEngine) -> None:
+    """Neither in their own form, nor because the general one happens to be the same graph."""
+    found = cudnn.configs(fused(**PARTS[parts], activation="tanh"), "measure")
+    assert found
+    assert all(form_of(one.config) == GENERAL and COMPILED in one.notes.behavior for one in found)
+
+
 # ---- a bias alone
 
 
