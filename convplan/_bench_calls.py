@@ -61,9 +61,11 @@ def our_side(named: NamedProblem, policy: Policy, tensors: Tensors) -> tuple[Sid
     import convplan
 
     arguments = _arguments(named)
-    if arguments.pads and named.op != "fprop":
+    if (arguments.pads and named.op != "fprop") or named.problem.epilogue.statistics:
         record = convplan.plan(named.problem, policy)
         run = functools.partial(record.build().run, *_plan_arguments(named, tensors))
+        if named.problem.epilogue.statistics:
+            run = functools.partial(run, sums=new_sums(tensors.target))
         return Side("Plan.run", run, nullcontext), record
     if arguments.pads or not named.problem.epilogue.is_plain:
         wording, call = _own_call(named, arguments, tensors, policy)
@@ -111,7 +113,8 @@ def make_tensors(named: NamedProblem) -> Tensors:
     from convplan.engines._support import empty
 
     problem, device = named.problem, torch.device(named.problem.device)
-    first, second, *more, _ = random_inputs(problem, device)
+    inputs = random_inputs(problem, device)
+    first, second, *more = inputs[:5]
     written = empty(problem.output, device).zero_()
     x, w, y = {
         "fprop": (first, second, written),
@@ -190,6 +193,8 @@ def _stock_call(named: NamedProblem, arguments: _Arguments, tensors: Tensors) ->
         dtype = TORCH_DTYPES[plain.problem.output_dtype]
         added = None if plain.problem.epilogue.bias else bias
         words, core = _stock_call(plain, arguments, Tensors(source, weight, target, None if added is bias else bias))
+        if epilogue.statistics:
+            return f"{words}, torch.var_mean", lambda: _with_statistics(core())
         return f"{words} {epilogue}", lambda: apply_epilogue(core().to(dtype), epilogue, added, residual, scale)
     if named.op == "fprop":
         forward = functools.partial(getattr(F, name), weight=weight, bias=bias, **_keywords(named, arguments))
@@ -211,6 +216,20 @@ def _stock_call(named: NamedProblem, arguments: _Arguments, tensors: Tensors) ->
         return f"{words} from padded input", functools.partial(gradient, padded, weight, target)
     crop = [-pad for pad in pads]
     return f"{words}, F.pad", lambda: F.pad(gradient(padded, weight, target), crop)
+
+
+def new_sums(target: torch.Tensor) -> torch.Tensor:
+    """A place for the statistics of an output."""
+    import torch
+
+    return torch.empty((2, target.shape[1]), dtype=torch.float32, device=target.device)
+
+
+def _with_statistics(result: torch.Tensor) -> torch.Tensor:
+    import torch
+
+    torch.var_mean(result, [0, *range(2, result.dim())])
+    return result
 
 
 def _gradient(

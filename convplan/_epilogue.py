@@ -2,7 +2,9 @@
 
     y = activation(scale * convolution + alpha * residual + bias)
 
-Each part is optional. How it is computed is the engines' business; the reference that judges them is `_verify`'s.
+Each part is optional. Or nothing is done to it, and sums of each channel are written beside it (`statistics`): what a
+batch normalization needs while training. How it is computed is the engines' business; the reference that judges them is
+`_verify`'s.
 """
 
 from __future__ import annotations
@@ -59,9 +61,10 @@ class Epilogue(msgspec.Struct, frozen=True, forbid_unknown_fields=True, cache_ha
         activation: a key of `ACTIVATIONS`, or of `ALIASES`, which becomes what it stands for.
         parameters: of the activation, in the order of `ACTIVATIONS`; those left out have their defaults.
         bias_alignment_bytes, residual_alignment_bytes: as in `TensorSpec`; 32 where nothing but a bias is added.
+        statistics: write the sum and the sum of squares of each output channel too; alone.
 
     Raises:
-        SpecError: an unknown activation, or numbers that it does not take.
+        SpecError: an unknown activation, numbers that it does not take, or statistics of more than a convolution.
     """
 
     bias: bool = False
@@ -72,6 +75,7 @@ class Epilogue(msgspec.Struct, frozen=True, forbid_unknown_fields=True, cache_ha
     parameters: tuple[float, ...] = ()
     bias_alignment_bytes: int = MAX_ALIGNMENT_BYTES
     residual_alignment_bytes: int = MAX_ALIGNMENT_BYTES
+    statistics: bool = False
 
     def __post_init__(self) -> None:
         if self.activation in ALIASES:
@@ -92,6 +96,10 @@ class Epilogue(msgspec.Struct, frozen=True, forbid_unknown_fields=True, cache_ha
                 raise SpecError(f"{field} is {value!r}, expected a power of two from 1 to 32")
             if not present:
                 self._set(field, MAX_ALIGNMENT_BYTES)
+        if self.statistics and (self.bias or self.residual or self.scale or self.activation != "none"):
+            raise SpecError(
+                f"found {str(self)[1:]} in an epilogue, expected statistics alone, of the convolution itself"
+            )
 
     def _check_parameters(self) -> None:
         expected = ACTIVATIONS[self.activation].parameters
@@ -115,7 +123,7 @@ class Epilogue(msgspec.Struct, frozen=True, forbid_unknown_fields=True, cache_ha
     @property
     def is_plain(self) -> bool:
         """Nothing, or a bias alone: what torch's own convolutions do."""
-        return not (self.residual or self.scale) and self.activation == "none"
+        return not (self.residual or self.scale or self.statistics) and self.activation == "none"
 
     @property
     def keeps_integers(self) -> bool:
@@ -142,6 +150,8 @@ class Epilogue(msgspec.Struct, frozen=True, forbid_unknown_fields=True, cache_ha
         if self.activation != "none":
             inside = ",".join(map(_text, self.parameters))
             parts.append(f"{self.activation}({inside})" if inside else self.activation)
+        if self.statistics:
+            parts.append("statistics")
         return "".join(f"+{part}" for part in parts)
 
 
@@ -160,10 +170,12 @@ def parse_epilogue(text: str) -> Epilogue:
     for word in text.split("+") if text else ():
         part = _PART.fullmatch(word)
         if part is None:
-            raise SpecError(f"found {word!r} in an epilogue, expected scale, residual, bias or an activation")
+            raise SpecError(
+                f"found {word!r} in an epilogue, expected scale, residual, bias, statistics or an activation"
+            )
         name = part["name"]
         found: dict[str, object] = {}
-        if name in ("scale", "residual", "bias"):
+        if name in ("scale", "residual", "bias", "statistics"):
             found[name] = True
             if part["aligned"]:
                 found[f"{name}_alignment_bytes"] = int(part["aligned"])
@@ -174,7 +186,7 @@ def parse_epilogue(text: str) -> Epilogue:
             if part["inside"]:
                 found["parameters"] = tuple(map(_parsed, part["inside"].split(",")))
         misplaced = (
-            (name == "scale" and part["aligned"])
+            (name in ("scale", "statistics") and part["aligned"])
             or (name != "residual" and part["alpha"])
             or ("activation" in found and part["aligned"])
             or ("activation" not in found and part["inside"] is not None)

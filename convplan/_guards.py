@@ -80,17 +80,27 @@ class Bench:
             guarded.fill(given)
         tensors = {guarded.what: guarded.tensor for guarded in self._guarded}
         views = {name: tensors[name] if name == "residual" else tensors[name].view(-1) for name in extra}
-        self.inputs = Inputs(tensors["first input"], tensors["second input"], **views, plain=numbers.plain)
-        self._output = Guarded(problem.output, device, "output")
+        self._written = [Guarded(problem.output, device, "output")]
+        sums = None
+        if numbers.sums is not None:
+            self._written.append(Guarded(_sums_spec(problem), device, "statistics"))
+            sums = self._written[-1].tensor.view(numbers.sums.shape)
+        self.inputs = Inputs(tensors["first input"], tensors["second input"], **views, plain=numbers.plain, sums=sums)
 
     def fresh_output(self) -> torch.Tensor:
-        """The output's place, with nothing in it that a right result has."""
-        self._output.clear()
-        return self._output.tensor
+        """The output's place, with nothing in it that a right result has, nor in that of the statistics."""
+        for written in self._written:
+            written.clear()
+        return self._written[0].tensor
 
     def trouble(self) -> str:
         """What was written outside of the tensors; empty when nothing was."""
-        return next(filter(None, (guarded.trouble() for guarded in (self._output, *self._guarded))), "")
+        return next(filter(None, (guarded.trouble() for guarded in (*self._written, *self._guarded))), "")
+
+
+def _sums_spec(problem: Problem) -> TensorSpec:
+    """Of (2, K) numbers, as three dimensions, which a spec has at least."""
+    return TensorSpec.dense((2, problem.output.dims[1], 1), "float32")
 
 
 def _beside(problem: Problem) -> dict[str, TensorSpec]:
@@ -126,6 +136,10 @@ class Fingerprints:
 def _tensors(thing: object, leave_out: Sequence[str]) -> Iterator[torch.Tensor]:
     if isinstance(thing, torch.Tensor):
         yield thing
+    elif isinstance(thing, Inputs):
+        for name, item in thing._asdict().items():
+            if name not in leave_out:
+                yield from _tensors(item, leave_out)
     elif isinstance(thing, (tuple, list)):
         for item in thing:
             yield from _tensors(item, leave_out)

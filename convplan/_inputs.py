@@ -40,6 +40,7 @@ class Inputs(NamedTuple):
     residual: torch.Tensor | None = None
     scale: torch.Tensor | None = None
     plain: bool = True  # whether the problem's epilogue is
+    sums: torch.Tensor | None = None  # written, where the epilogue has statistics
 
     def tensors(self) -> list[torch.Tensor]:
         """Those that there are, in order."""
@@ -49,12 +50,19 @@ class Inputs(NamedTuple):
         """What a built candidate makes of them."""
         if self.plain:
             return run(self.first, self.second, self.bias, out)
-        return run(self.first, self.second, self.bias, out, self.residual, self.scale)
+        if self.sums is None:
+            return run(self.first, self.second, self.bias, out, self.residual, self.scale)
+        return run(self.first, self.second, self.bias, out, self.residual, self.scale, self.sums)
+
+    def forget_sums(self) -> None:
+        """Make of the statistics, if there are any, what no right ones are."""
+        if self.sums is not None:
+            self.sums.fill_(math.nan)
 
     def copy(self) -> Inputs:
         """The same numbers in memory of their own, with the same strides and alignment."""
-        bias, residual, scale = (None if one is None else _copied(one) for one in self[2:5])
-        return Inputs(_copied(self.first), _copied(self.second), bias, residual, scale, self.plain)
+        bias, residual, scale, sums = (None if one is None else _copied(one) for one in (*self[2:5], self.sums))
+        return Inputs(_copied(self.first), _copied(self.second), bias, residual, scale, self.plain, sums)
 
 
 def _copied(tensor: torch.Tensor) -> torch.Tensor:
@@ -137,7 +145,8 @@ def _make(problem: Problem, device: torch.device, fill: Fill) -> Inputs:
         residual = _tensor(aligned, device, fill)
     if epilogue.scale:
         scale = _vector(channels, problem.scale_dtype, MAX_ALIGNMENT_BYTES, device, fill)
-    return Inputs(first, second, bias, residual, scale, epilogue.is_plain)
+    sums = torch.zeros(2, *channels, dtype=torch.float32, device=device) if epilogue.statistics else None
+    return Inputs(first, second, bias, residual, scale, epilogue.is_plain, sums)
 
 
 def _vector(dims: tuple[int], dtype: str, alignment_bytes: int, device: torch.device, fill: Fill) -> torch.Tensor:

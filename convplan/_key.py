@@ -40,7 +40,9 @@ def problem_items(problem: Problem) -> tuple[tuple[str, object], ...]:
     epilogue = problem.epilogue
     if not epilogue.is_plain:
         items += [
-            (f"epilogue.{name}", getattr(epilogue, name)) for name in epilogue.__struct_fields__ if name != "bias"
+            (f"epilogue.{name}", getattr(epilogue, name))
+            for name in epilogue.__struct_fields__
+            if name != "bias" and (name != "statistics" or epilogue.statistics)
         ]
     return tuple(items)
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from convplan._environment import Environment
+from convplan._epilogue import MAX_ALIGNMENT_BYTES
 from convplan._errors import ExecutionFailed, PlanRejected, SpecError
 from convplan._key import plan_key
 from convplan._limits import Limit, Peaks, limit_us
@@ -210,6 +211,7 @@ class Plan:
         residual: torch.Tensor | None = None,
         scale: torch.Tensor | None = None,
         out: torch.Tensor | None = None,
+        sums: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Compute. No gradient is recorded; use `convplan.conv2d` and friends for that.
 
@@ -219,6 +221,8 @@ class Plan:
             residual: a tensor like the output, required when the epilogue has one.
             scale: one number per output channel, required when the epilogue has a scale.
             out: a tensor of the output's dims and dtype to write into, with any strides. None: a new one.
+            sums: (2, K), float32, contiguous, to write each channel's sum and sum of squares into, required when the
+                epilogue has statistics.
 
         Returns:
             The output; `out` itself when given.
@@ -237,6 +241,8 @@ class Plan:
             self._check_vector("scale", scale, epilogue.scale, self.problem.scale_dtype)
         if residual is not None or epilogue.residual:
             self._check_residual(residual)
+        if sums is not None or epilogue.statistics:
+            self._check_sums(sums)
         if out is not None:
             check_distinct(out)
             _check_tensor("out", out, self.problem.output, self.problem.device, any_strides=True)
@@ -246,6 +252,8 @@ class Plan:
             with torch.no_grad(), torch.autocast(first.device.type, enabled=False):
                 run = ranged(self.unchecked_run, self)
                 more = () if epilogue.is_plain else (residual, scale)
+                if sums is not None:
+                    more = (*more, sums)
                 if out is not None and shares_memory(out, (first, second, bias, *more)):
                     return out.copy_(run(first, second, bias, None, *more))
                 return run(first, second, bias, out, *more)
@@ -265,6 +273,23 @@ class Plan:
         channels = self.problem.output.dims[1]
         if tuple(given.shape) != (channels,) or _dtype_name(given) != dtype:
             raise SpecError(f"{name} is {tuple(given.shape)} {_dtype_name(given)}, expected ({channels},) {dtype}")
+
+    def _check_sums(self, sums: torch.Tensor | None) -> None:
+        if sums is None or not self.problem.epilogue.statistics:
+            found, wanted = "missing" if sums is None else "given", self.problem.epilogue.statistics
+            raise SpecError(f"sums is {found}, the problem says Epilogue(statistics={wanted})")
+        dims = (2, self.problem.output.dims[1])
+        if tuple(sums.shape) != dims or _dtype_name(sums) != "float32" or not sums.is_contiguous():
+            kind = "contiguous" if sums.is_contiguous() else f"with strides {sums.stride()}"
+            raise SpecError(
+                f"sums is {tuple(sums.shape)} {_dtype_name(sums)} {kind}, expected {dims} float32 contiguous"
+            )
+        if sums.device.type != self.problem.device:
+            raise SpecError(f"sums is on {sums.device}, expected device type {self.problem.device!r}")
+        if self.problem.device != "cpu" and sums.data_ptr() % MAX_ALIGNMENT_BYTES:
+            raise SpecError(
+                f"sums is at an address that {MAX_ALIGNMENT_BYTES} does not divide, expected one that torch.empty gives"
+            )
 
     def _check_residual(self, residual: torch.Tensor | None) -> None:
         epilogue = self.problem.epilogue

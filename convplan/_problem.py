@@ -70,6 +70,7 @@ INPUT_DTYPES = tuple(name for name, info in DTYPES.items() if info.outputs)
 # What the convolutions of `torch.nn.functional` are planned for. Torch has none for the other inputs above on most
 # devices; where it has one, as for int8 on the CPU, the results are its own business.
 FLOAT_DTYPES = ("float64", "float32", "bfloat16", "float16")
+STATISTICS_DTYPES = ("bfloat16", "float16")  # whose sums of squares float32 holds as well as they hold themselves
 
 
 def contiguous_strides(dims: Sequence[int]) -> tuple[int, ...]:
@@ -233,6 +234,19 @@ class Problem(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
             if self.epilogue.is_plain:
                 raise SpecError("a wgrad has no bias to add, expected Epilogue(bias=False)")
             raise SpecError(f"a wgrad has no epilogue, found {self.epilogue}, expected Epilogue()")
+        if self.epilogue.statistics:
+            self._check_statistics()
+
+    def _check_statistics(self) -> None:
+        if self.op != "fprop":
+            raise SpecError(f"op is {self.op} with statistics, expected fprop: they are of what a layer hands on")
+        dtypes = {self.x.dtype, self.y.dtype}
+        if not (len(dtypes) == 1 and dtypes <= set(STATISTICS_DTYPES)):
+            # In wider types sums of squares would lose digits that the numbers themselves have.
+            raise SpecError(
+                f"dtypes are x {self.x.dtype}, y {self.y.dtype} with statistics, expected one of "
+                f"{', '.join(STATISTICS_DTYPES)} for both"
+            )
 
     def _check_dtypes(self) -> None:
         first, second, written = (*READS[self.op], WRITES[self.op])

@@ -83,6 +83,7 @@ def _verify(
         return out
 
     try:
+        verifier.random.forget_sums()
         out, item.first_us = timed_call(lambda: verifier.random.given_to(run), clock, synchronize)
         if item.first_us > max(FIRST_RUN_CUTOFF * best_us, FIRST_RUN_GRACE_US):
             return "measure", f"cut off: first run {item.first_us:.0f} us, best so far {best_us:.0f} us"
@@ -179,6 +180,7 @@ def verify_plan(plan: Plan, notes: object = None, *, tf32: bool = False) -> tupl
     found = notes if isinstance(notes, Notes) else Notes()
     with torch.no_grad():
         verifier = Verifier(plan.problem, torch.device(plan.problem.device), tf32=tf32)
+        verifier.random.forget_sums()
         error = verifier.check(plan.config, found, verifier.random.given_to(plan.unchecked_run))
         if found.direct:
             verifier.check_exactly(plan.config, plan.unchecked_run)

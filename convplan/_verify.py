@@ -20,6 +20,13 @@ expected to saturate; the inputs are chosen so that it does not happen. int8 has
 `factor` is 1 for direct methods. Transform methods spread their error evenly over a whole transform instead of in
 proportion to each output, so they get the largest conv(|x|, |w|) of the output in place of each one's own, and a factor
 of their own (`METHOD_FACTORS`). Small-integer inputs have no rounding at all, and direct methods must match exactly.
+
+Statistics are compared with float64 sums of the candidate's own output, which is judged by itself: each within
+
+    (SUMS_FACTOR * eps(output) / sqrt(m) + sqrt(m) * eps(float32)) * sum(|term|)
+
+for m terms, whose own rounding may come after they were summed, or before. On small integers they must be equal
+wherever float32 holds the sum of magnitudes.
 """
 
 from __future__ import annotations
@@ -50,6 +57,7 @@ GATHER_ELEMENTS = 4_000_000  # numbers gathered for one reference: 32 MB a tenso
 FULL_ELEMENTS = 8_000_000  # up to here every output is compared
 REFERENCE_FLOPS = 5e8
 MIN_POSITIONS = 16
+SUMS_FACTOR = 4.0
 PIECE_ELEMENTS = 2**26  # of two outputs compared with each other at once
 ARBITRATED = 32  # places looked at where two candidates disagree
 
@@ -219,6 +227,18 @@ def _activated(x: torch.Tensor, epilogue: Epilogue) -> torch.Tensor:
     raise AssertionError(f"convplan bug: no reference for activation {name!r}")
 
 
+def _channel_sums(out: torch.Tensor, power: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Float64 sums of an output's channels, to a power, and of its magnitudes; some images at a time."""
+    images = max(1, PIECE_ELEMENTS * out.shape[0] // max(out.numel(), 1))
+    over = [0, *range(2, out.dim())]
+    sums = torch.zeros(2, out.shape[1], dtype=torch.float64, device=out.device)
+    for piece in out.split(images):
+        wide = piece.double() ** power
+        sums[0] += wide.sum(over)
+        sums[1] += wide.abs().sum(over)
+    return sums[0], sums[1]
+
+
 def _span(tensor: torch.Tensor) -> int:
     return 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
 
@@ -288,6 +308,7 @@ class Verifier:
             WrongResult: it is wrong; the reason names the place, the value found and the value expected.
         """
         self._check_form(config, out)
+        self._check_sums(config, out, self.random.sums, exactly=False)
         self._last_out = out
         if self._values is None:
             self._values = self._reference.at(self._positions)
@@ -312,7 +333,9 @@ class Verifier:
             self._integers = (inputs, values, values.magnitudes <= exact_limit(self.problem))
         inputs, values, exact = self._integers
         expected = values.sums
+        inputs.forget_sums()
         out = inputs.given_to(run)
+        self._check_sums(config, out, inputs.sums, exactly=True)
         if self._last_out is not None and _shares_memory(out, self._last_out):
             raise self._wrong(config, "it handed out the memory of an earlier result again")
         found = self._pick(out, self._positions)
@@ -349,6 +372,27 @@ class Verifier:
             tensor.copy_(kept)
         if written:
             raise self._wrong(config, "it wrote to its inputs")
+
+    def _check_sums(self, config: EngineConfig, out: torch.Tensor, sums: torch.Tensor | None, *, exactly: bool) -> None:
+        if sums is None:
+            return
+        for row, (name, power) in enumerate((("sum", 1), ("sum of squares", 2))):
+            expected, magnitudes = _channel_sums(out, power)
+            terms = max(out.numel() // max(out.shape[1], 1), 1)
+            eps_out = 2.0 ** (1 - DTYPES[self.problem.output_dtype].significand_bits)
+            share = SUMS_FACTOR * eps_out / math.sqrt(terms) + math.sqrt(terms) * torch.finfo(torch.float32).eps
+            allowed = share * magnitudes + torch.finfo(torch.float32).tiny
+            if exactly:
+                allowed = torch.where(magnitudes <= DTYPES["float32"].exact_to, 0.0, allowed)
+            found = sums[row].double()
+            wrong = ~((found - expected).abs() <= allowed)
+            if bool(wrong.any()):
+                channel = int(wrong.nonzero()[0])
+                raise self._wrong(
+                    config,
+                    f"the {name} of channel {channel} is {float(found[channel]):.7g}, that of the output it wrote "
+                    f"{float(expected[channel]):.7g}, expected at most {float(allowed[channel]):.3g} between them",
+                )
 
     def _pick(self, out: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """Outputs at some positions, in float64."""

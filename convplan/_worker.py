@@ -54,6 +54,7 @@ from convplan._worker_messages import (
 from convplan.engines import _builtin, registry
 from convplan.engines.base import SEARCHED, EngineConfig
 
+NOT_COMPARED = ("_last_out", "sums")  # of what a verifier holds: candidates write it
 CHECK_LIMIT_S = 60.0  # comparing one output with the reference: this program's own work
 SAMPLE_S = 0.05  # for a first sample of one candidate
 LEAK_LOOK_US = 200_000.0  # runs that only look for a leak take at most about that long
@@ -201,7 +202,7 @@ class _Worker:
         unfit = self._build(item)
         if unfit:
             return unfit
-        fingerprints = Fingerprints(self._verifier, leave_out=("_last_out",))
+        fingerprints = Fingerprints(self._verifier, leave_out=NOT_COMPARED)
         stage = reason = ""
         measured: Measurement | None = None
         try:
@@ -271,6 +272,7 @@ class _Worker:
         self._say("checking", CHECK_LIMIT_S)
         self._verifier.check(config, notes, _copy(place))
         outs: list[torch.Tensor] = []
+        self._bench.inputs.forget_sums()
         again_us = self._launch(item, lambda: outs.append(self._bench.inputs.given_to(run)))
         self._say("checking", CHECK_LIMIT_S)
         item.error = round(self._verifier.check(config, notes, outs.pop()), 6)
@@ -350,7 +352,7 @@ class _Worker:
 
     def raced(self, request: Race) -> Raced:
         """Time the leaders against each other, and rank them."""
-        fingerprints = Fingerprints(self._verifier, leave_out=("_last_out",))
+        fingerprints = Fingerprints(self._verifier, leave_out=NOT_COMPARED)
         rejected: list[Evidence] = []
         live = [item for racer in request.racers if (item := self._ready(racer, rejected)) is not None]
         try:

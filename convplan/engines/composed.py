@@ -1,5 +1,7 @@
 """Engine `composed`: an unfused plan of another engine, and torch's elementwise kernels behind it (B31).
 
+Statistics are `kernels.column_sums` of what the unfused plan wrote.
+
 It proposes nothing by itself: the planner hands it the leading plans of the problem's `core`, and they race against the
 engines that fuse. Its configuration holds the other engine's knobs and, as the name of one more, that engine:
 
@@ -38,6 +40,7 @@ from convplan.engines.base import (
     Support,
     no,
 )
+from convplan.kernels import column_sums
 
 NAME = "composed"
 SOURCE = "unfused"
@@ -187,10 +190,13 @@ def _run(problem: Problem, core: Problem, run_core: Run) -> Run:
         out: torch.Tensor | None,
         residual: torch.Tensor | None,
         scale: torch.Tensor | None,
+        sums: torch.Tensor | None = None,
     ) -> torch.Tensor:
         if read is not None:
             first, second = first.to(read), second.to(read)
         result = run_core(first, second, bias if bias_in_core else None, None)
+        if sums is not None:
+            column_sums(result, sums)
         if adds_and_ends:
             torch.ops.aten._add_relu_.Tensor(result, residual, alpha=epilogue.alpha)
         else:

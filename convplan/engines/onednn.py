@@ -128,6 +128,8 @@ def _refusal(problem: Problem) -> str:
         return f"device is {problem.device!r}, supported: cpu"
     if epilogue.is_plain:
         return "nothing follows the convolution, or a bias alone"
+    if epilogue.statistics:
+        return "oneDNN writes no statistics"
     if problem.is_empty:
         return "the problem is empty"
     if problem.dtype not in DTYPE_NAMES or problem.output_dtype not in DTYPE_NAMES:

@@ -29,6 +29,7 @@ ENUMERATIONS: list[tuple[type[IntEnum], str, str, str, str, bool]] = [
     (enums.TensorReordering, "cudnnBackendTensorReordering_t", "CUDNN_TENSOR_REORDERING_", "", "", True),
     (enums.KnobType, "cudnnBackendKnobType_t", "CUDNN_KNOB_TYPE_", "", "COUNTS", True),
     (enums.PointwiseMode, "cudnnPointwiseMode_t", "CUDNN_POINTWISE_", "", "", True),
+    (enums.GenStatsMode, "cudnnGenStatsMode_t", "CUDNN_GENSTATS_", "", "", True),
 ]
 
 

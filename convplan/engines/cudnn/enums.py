@@ -341,6 +341,12 @@ class PointwiseMode(IntEnum):
     BINARY_SELECT = 601
 
 
+class GenStatsMode(IntEnum):
+    """Which statistics of a tensor's channels (`cudnnGenStatsMode_t`)."""
+
+    SUM_SQSUM = 0
+
+
 _T = AttributeType  # for the table below
 
 

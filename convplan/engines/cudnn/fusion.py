@@ -12,11 +12,15 @@ So a problem that fits the first form is asked about in both. In the general one
 is multiplied with a constant instead of through the node's own factor, which those engines do not take, and where the
 two forms would be the same graph a node that changes nothing keeps them apart. A specialised graph without a bias gets
 one of zeros, as torch's own fused convolution does.
+
+Statistics are a node of their own kind behind a convolution that writes its result: one form, which some ready-made
+engines and some compiled ones are for.
 """
 
 from __future__ import annotations
 
 import functools
+import math
 from typing import NamedTuple
 
 import msgspec
@@ -37,6 +41,8 @@ _WRONG = ("tanh",)  # of these they make NaN where numbers are large (9.19, H200
 # Above its threshold softplus is linear to torch, and never to cuDNN. From here on the difference, exp(-threshold) to
 # threshold, is far below what float32 rounds.
 LEAST_THRESHOLD = 17.0
+
+SUMS = ("m", "q")  # names of the tensors that statistics are written to, sums first
 
 _Mode = PointwiseMode
 Settings = tuple[tuple[Attribute, float], ...]
@@ -78,9 +84,11 @@ class Fusion(NamedTuple):
     Attributes:
         nodes: the last one writes the problem's output.
         result: name of the tensor that the convolution writes.
-        given: tensors that are read besides the convolution's own: `z` residual, `b` bias, `s` scale.
+        given: tensors that are read or written besides the convolution's own: `z` residual, `b` bias, `s` scale, and of
+            statistics `m` sums, `q` sums of squares.
         virtual: names of tensors that are never in memory.
         constants: numbers, by the names of the tensors that hold them; given by value at every run.
+        statistics: a last node sums the result's channels, into `m`, and their squares, into `q`.
     """
 
     nodes: tuple[Node, ...]
@@ -88,6 +96,7 @@ class Fusion(NamedTuple):
     given: dict[str, TensorSpec]
     virtual: tuple[str, ...]
     constants: dict[str, float]
+    statistics: bool = False
 
 
 def uid_of(name: str) -> int:
@@ -120,7 +129,7 @@ def _fits_specialised(problem: Problem) -> bool:
         not epilogue.is_plain
         and problem.op == "fprop"
         and problem.dtype in FLOAT_DTYPES
-        and not epilogue.scale
+        and not (epilogue.scale or epilogue.statistics)
         and epilogue.activation in _SPECIALISED
         and (epilogue.activation != "clamp" or epilogue.parameters[0] == 0)
     )
@@ -154,6 +163,8 @@ def fusion_of(problem: Problem, specialised: bool) -> Fusion:
     """
     line = _Line(problem.output)
     epilogue = problem.epilogue
+    if epilogue.statistics:
+        return line.summed(WRITES[problem.op])
     if specialised:
         if epilogue.residual:
             line.add(_Mode.ADD, line.residual(epilogue), alpha2=epilogue.alpha)
@@ -239,6 +250,14 @@ class _Line:
     def add(self, mode: PointwiseMode, b: str = "", *, alpha2: float = 1.0, settings: Settings = ()) -> None:
         before, self.last = self.last, self.virtual_tensor()
         self.nodes.append(Node(mode, before, b, self.last, alpha2, settings))
+
+    def summed(self, output: str) -> Fusion:
+        """The result as it is, and its statistics."""
+        # The second row begins where the first one ends.
+        aligned = math.gcd(4 * self._output.dims[1], ADDED_ALIGNMENT_BYTES)
+        for letter in SUMS:
+            self.vector(letter, INTERMEDIATE, aligned)
+        return Fusion((), output, self.given, (), {}, statistics=True)
 
     def finished(self, output: str) -> Fusion:
         """The whole, with the tensor `output` as what the last node writes."""

@@ -22,6 +22,7 @@ from convplan.engines.cudnn.enums import (
     ConvolutionMode,
     DataType,
     DescriptorType,
+    GenStatsMode,
     PointwiseMode,
 )
 from convplan.engines.cudnn.library import Library
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
     from convplan.engines.cudnn.target import Target
 
 # Identifiers of the tensors in a graph are letters (B27).
-UIDS = {letter: ord(letter) for letter in "xywzbs"}
+UIDS = {letter: ord(letter) for letter in "xywzbsmq"}
 
 DATA_TYPES: dict[str, DataType] = {
     "float64": DataType.DOUBLE,
@@ -152,7 +153,8 @@ def _pointwise_nodes(
         tensors[name] = tensor(library, name, spec, dense_strides)
     for name in (*fused.virtual, *fused.constants):
         tensors[name] = tensor(library, name, spec_of(problem, name), dense_strides)
-    return [_pointwise_node(library, node, tensors) for node in fused.nodes]
+    nodes = [_pointwise_node(library, node, tensors) for node in fused.nodes]
+    return [*nodes, _statistics_node(library, tensors[fused.result], tensors)] if fused.statistics else nodes
 
 
 def spec_of(problem: Problem, name: str) -> TensorSpec:
@@ -173,6 +175,16 @@ def _pointwise_node(library: Library, node: fusion.Node, tensors: dict[str, Desc
     operation.set(Attribute.OPERATION_POINTWISE_YDESC, tensors[node.y])
     if node.alpha2 != 1:
         operation.set(Attribute.OPERATION_POINTWISE_ALPHA2, node.alpha2)
+    return operation.finalize()
+
+
+def _statistics_node(library: Library, result: Descriptor, tensors: dict[str, Descriptor]) -> Descriptor:
+    operation = Descriptor(library, DescriptorType.OPERATION_GEN_STATS)
+    operation.set(Attribute.OPERATION_GENSTATS_MODE, GenStatsMode.SUM_SQSUM)
+    operation.set(Attribute.OPERATION_GENSTATS_MATH_PREC, DATA_TYPES[fusion.INTERMEDIATE])
+    operation.set(Attribute.OPERATION_GENSTATS_XDESC, result)
+    for role, letter in zip(("SUMDESC", "SQSUMDESC"), fusion.SUMS, strict=True):
+        operation.set(Attribute[f"OPERATION_GENSTATS_{role}"], tensors[letter])
     return operation.finalize()
 
 

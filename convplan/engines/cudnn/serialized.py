@@ -26,7 +26,7 @@ from convplan._measure import first_line
 from convplan._problem import DTYPES, WRITES, Problem, TensorSpec
 from convplan.engines.cudnn.descriptors import CudnnError
 from convplan.engines.cudnn.enums import Attribute, DataType, PointwiseMode
-from convplan.engines.cudnn.fusion import INTERMEDIATE, Fusion, Node, nodes_behind, uid_of
+from convplan.engines.cudnn.fusion import INTERMEDIATE, SUMS, Fusion, Node, nodes_behind, uid_of
 from convplan.engines.cudnn.graph import (
     DATA_TYPES,
     UIDS,
@@ -58,6 +58,7 @@ _NODES: dict[str, tuple[str, str, tuple[str, str, str]]] = {
 }
 # What graphs are called instead whose engines are all compiled: those of fp8, and fused ones of whichever operation.
 _GENERAL_GRAPH = "GENERIC_CONV_FUSION"
+_STATISTICS_GRAPH = "SCALE_BIAS_ADD_RELU_CONV_STATS"  # of which only the last two are there
 _SPECIALISED_GRAPH = "CONV_ADD_BIAS_ACT"  # with a residual or without, with an activation or without
 
 # What cuDNN writes about a mode that has settings: their names, and their values where they are not set.
@@ -208,12 +209,14 @@ def graph_json(problem: Problem, specialised: bool = False) -> dict[str, Any]:
         tensors = [_tensor_json(name, spec, dense_strides) for name, spec in specs.items()]
         return {"finalizeMode": mode, "tensors": tensors, "nodes": [_convolution_json(problem, {})]}
     specs |= fused.given | {name: spec_of(problem, name) for name in (*fused.virtual, *fused.constants)}
+    mode = _STATISTICS_GRAPH if fused.statistics else _SPECIALISED_GRAPH if specialised else _GENERAL_GRAPH
     return {
-        "finalizeMode": _SPECIALISED_GRAPH if specialised else _GENERAL_GRAPH,
+        "finalizeMode": mode,
         "tensors": [_tensor_json(name, specs[name], dense_strides) for name in sorted(specs, key=uid_of)],
         "nodes": [
             _convolution_json(problem, {WRITES[problem.op]: fused.result}),
             *map(_pointwise_json, fused.nodes),
+            *([_statistics_json(fused)] if fused.statistics else ()),
         ],
     }
 
@@ -255,6 +258,17 @@ def _pointwise_json(node: Node) -> dict[str, Any]:
         "X": _name(node.x),
         "Y": _name(node.y),
         **({"B": _name(node.b)} if node.b else {}),
+    }
+
+
+def _statistics_json(fused: Fusion) -> dict[str, Any]:
+    sums, squares = SUMS
+    return {
+        "operation": "CUDNN_BACKEND_OPERATION_GEN_STATS_DESCRIPTOR",
+        "mathPrec": _data_type(DATA_TYPES[INTERMEDIATE]),
+        "X": _name(fused.result),
+        "Sum": _name(sums),
+        "SqSum": _name(squares),
     }
 
 

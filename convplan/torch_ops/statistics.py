@@ -1,0 +1,112 @@
+"""A convolution and the statistics of its result, by one plan: what comes before a batch normalization in training.
+
+No gradients are recorded here: `normalized` calls this inside an autograd function of its own.
+"""
+
+from __future__ import annotations
+
+import msgspec
+import torch
+
+from convplan._choices import state
+from convplan._epilogue import Epilogue
+from convplan._errors import ConvPlanError
+from convplan._policy import Policy
+from convplan._problem import STATISTICS_DTYPES, Problem
+from convplan._runtime import local
+from convplan.engines._support import TORCH_DTYPES
+from convplan.kernels import column_sums
+from convplan.torch_ops.adapter import ALIGNMENT_BYTES, NotExpressible, forward_problem
+from convplan.torch_ops.arguments import Ints, Padding, arguments
+from convplan.torch_ops.linear import last_resort, layer_of, planned_runner
+from convplan.torch_ops.override import NO_GRADIENTS, note_fallback
+from convplan.torch_ops.seen import live_flags
+
+Tensor = torch.Tensor
+
+_DTYPES = tuple(TORCH_DTYPES[name] for name in STATISTICS_DTYPES)
+
+
+def convolution_with_statistics(
+    input: Tensor,
+    weight: Tensor,
+    stride: Ints,
+    padding: Padding,
+    dilation: Ints,
+    groups: int,
+    policy: Policy | None = None,
+    gradients: tuple[bool, bool] = NO_GRADIENTS,
+) -> tuple[Tensor, Tensor] | None:
+    """The convolution without a bias, and sums for each of its channels.
+
+    Args:
+        input: (N, C, spatial...).
+        weight: (K, C/groups, window...), of the input's dtype.
+        stride, padding, dilation, groups: hashable, as of `convplan.conv2d`.
+        policy: the rules; None: those of `enable()`, else the defaults.
+        gradients: whether those of input and weight will be asked for, which `capture` hands on.
+
+    Returns:
+        The result (N, K, spatial...), and float32 (2, K): sums, and sums of squares. None where that is not offered:
+        for other dtypes than float16 and bfloat16, and where the result is not channels-last.
+    """
+    if input.dtype not in _DTYPES or weight.dtype != input.dtype:
+        return None
+    device, token = input.get_device(), state.token
+    key = (
+        "statistics", token, input.shape, input.stride(), input.dtype, weight.shape, weight.stride(), stride, padding,
+        dilation, groups, policy, gradients, device, weight.get_device(), ALIGNMENT_BYTES[input.data_ptr() & 31],
+        ALIGNMENT_BYTES[weight.data_ptr() & 31], live_flags(device),
+    )  # fmt: skip
+    callers = local.callers
+    caller = callers.get(key)
+    if caller is not None:
+        callers.hits[0] += 1
+        if callers.crowded:
+            callers.move_to_end(key)
+    else:
+        problem = _problem(input, weight, stride, padding, dilation, groups)
+        caller = _not_offered if problem is None else _Caller(problem, policy, weight, gradients)
+        local.remember(key, token, caller, device)
+    found: tuple[Tensor, Tensor] | None = caller(input, weight)
+    return found
+
+
+def _not_offered(input: Tensor, weight: Tensor) -> None:
+    return None
+
+
+def _problem(
+    input: Tensor, weight: Tensor, stride: Ints, padding: Padding, dilation: Ints, groups: int
+) -> Problem | None:
+    spatial = input.dim() - 2
+    args = arguments(spatial, weight, stride, padding, dilation, False, 0, groups)
+    try:
+        problem = forward_problem(input, weight, None, args)
+    except NotExpressible:
+        return None
+    if problem.is_empty or problem.device not in ("cpu", "cuda") or problem.output.layout != "channels_last":
+        return None
+    return msgspec.structs.replace(problem, epilogue=Epilogue(statistics=True))
+
+
+class _Caller:
+    """Runs one problem whatever happens: by its plan, or by stock torch and a pass over its result."""
+
+    def __init__(self, problem: Problem, policy: Policy | None, weight: Tensor, gradients: tuple[bool, bool]) -> None:
+        self._problem = problem
+        self._channels = problem.output.dims[1]
+        self._runner = planned_runner(problem, policy, weight.get_device(), weight, gradients)
+
+    def __call__(self, input: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        sums = torch.empty((2, self._channels), dtype=torch.float32, device=input.device)
+        runner = self._runner
+        if runner is not None:
+            if not runner.settled:
+                runner.layer = layer_of("fprop", weight)
+            try:
+                return runner(input, weight, None, None, None, None, sums), sums
+            except ConvPlanError as exc:
+                note_fallback(exc)
+        result = last_resort(self._problem.core)(input, weight, None, None)
+        return result, column_sums(result, sums)
