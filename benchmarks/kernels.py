@@ -68,7 +68,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path(os.environ.get("OUT", HERE / "results" / "kernels")))
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
-    # Autograd runs a gradient on the stream of its forward call, and a graph holds what its own stream ran: one for all.
+    # Autograd runs a gradient on its forward call's stream, and a graph holds what its own stream ran: one for all.
     with torch.cuda.stream(torch.cuda.Stream()):
         run(options)
 
