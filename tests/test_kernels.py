@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers.normalizing import ACTIVATIONS, Case, cases, corner_offences, distances, same_bits
+from helpers.normalizing import ACTIVATIONS, Case, cases, corner_offences, distances, far_from_zero, same_bits
 from helpers.plans import run_python
 
 from convplan import kernels
@@ -64,6 +64,16 @@ def test_corners_are_torchs() -> None:
 
 def test_two_runs_write_the_same_bits() -> None:
     assert same_bits()
+
+
+def test_a_large_mean_costs_no_digits() -> None:
+    assert far_from_zero() <= 1
+
+
+def test_another_shape_is_refused() -> None:
+    y = torch.randn(4, 6, 3, 3)
+    with pytest.raises(ValueError, match=r"shape \(1, 6, 1, 1\), expected that of y, \(4, 6, 3, 3\)"):
+        kernels.normalize(y, None, Norm(), torch.randn(1, 6, 1, 1))
 
 
 def test_the_reference_rejects_what_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -160,6 +170,11 @@ def test_interpreted_kernels_have_torchs_corners(interpreted: Any) -> None:
 @triton_only
 def test_interpreted_kernels_write_the_same_bits(interpreted: Any) -> None:
     assert interpreted["same bits"] is True
+
+
+@triton_only
+def test_interpreted_a_large_mean_costs_no_digits(interpreted: Any) -> None:
+    assert interpreted["far"] <= 1
 
 
 # Triton's kernels, compiled

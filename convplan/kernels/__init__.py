@@ -92,7 +92,8 @@ def normalize(
         The output, in y's dtype and strides, and `saved` (2, K): mean, and 1 / sqrt(biased variance + eps).
 
     Raises:
-        ValueError: a single value for each channel, as torch's; nothing has been written.
+        ValueError: a single value for each channel, as torch's, or a residual of another shape; nothing has been
+            written.
     """
     if y.numel() == 0:
         return torch.empty_like(y), _statistics(y).zero_()
@@ -148,7 +149,7 @@ def normalize_backward(
         from_output = other is not None and _told_by_output(activation, parameters)
         grad_y, behind, totals = _either(
             y, "normalize_backward", _like(grad, y), y, other, from_output, saved, norm, activation,
-            _seen(activation, parameters, y.dtype) if from_output else parameters, needs[0],
+            _seen(activation, parameters, y.dtype) if from_output else parameters, needs[0], fits=_fits(norm),
         )  # fmt: skip
     grad_bias, grad_weight = totals.unbind()
     return (
@@ -193,9 +194,9 @@ _launches: ModuleType | None = None
 _gave_up = False
 
 
-def _either(y: Tensor, name: str, *arguments: Any) -> Any:
+def _either(y: Tensor, name: str, *arguments: Any, fits: bool = True) -> Any:
     """By Triton's kernel where it can compute `y`'s, by torch's operations where not."""
-    if y.is_cuda and not _gave_up and y.dtype in _KERNEL_DTYPES and _is_matrix(y):
+    if y.is_cuda and fits and not _gave_up and y.dtype in _KERNEL_DTYPES and _is_matrix(y):
         launches = _launches or _load()
         if launches is not None:
             try:
@@ -203,6 +204,11 @@ def _either(y: Tensor, name: str, *arguments: Any) -> Any:
             except launches.Unusable as error:
                 _give_up(str(error))
     return getattr(composed, name)(*arguments)
+
+
+def _fits(norm: Norm) -> bool:
+    """Whether its tensors are what a kernel reads: one number after the other, on a GPU."""
+    return all(one is None or (one.is_cuda and one.is_contiguous()) for one in norm[:4])
 
 
 def _load() -> ModuleType | None:
@@ -238,6 +244,8 @@ def _like(tensor: Tensor | None, y: Tensor) -> Any:
     """`tensor` in y's dtype, and in y's layout where that is a matrix."""
     if tensor is None:
         return None
+    if tensor.shape != y.shape:
+        raise ValueError(f"found a tensor of shape {tuple(tensor.shape)}, expected that of y, {tuple(y.shape)}")
     if tensor.dtype != y.dtype:
         tensor = tensor.to(y.dtype)
     if tensor.stride() == y.stride() or not _is_matrix(y) or _is_matrix(tensor):

@@ -86,7 +86,10 @@ def sums(y, partials, rows, units, rows_each, ALIGN: tl.constexpr, ROWS: tl.cons
 
 @triton.jit(do_not_specialize=_SIZES)
 def moments(y, partials, rows, units, rows_each, ALIGN: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Means and sums of squared differences from them, each lane by Welford's way, then the lanes together."""
+    """Means and sums of squared differences from them, each lane by Welford's way, then the lanes together.
+
+    All of it relative to the program's first row, so that a mean far from zero takes no digits from what differs.
+    """
     columns = units * ALIGN
     at = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     inside = at < columns
@@ -95,12 +98,13 @@ def moments(y, partials, rows, units, rows_each, ALIGN: tl.constexpr, ROWS: tl.c
     lines = tl.arange(0, ROWS)
     tile = lines[:, None] * columns + at[None, :]
     y += first * columns
+    origin = tl.load(y + at, mask=inside, other=0.0).to(tl.float32)
     mean = tl.zeros([ROWS, COLUMNS], tl.float32)
     squares = tl.zeros([ROWS, COLUMNS], tl.float32)
     seen = 0.0
     for row in tl.range(0, height, ROWS):
         here = (lines < height - row)[:, None]
-        v = tl.load(y + tile, mask=here & inside[None, :], other=0.0).to(tl.float32)
+        v = tl.load(y + tile, mask=here & inside[None, :], other=0.0).to(tl.float32) - origin[None, :]
         apart = tl.where(here, v - mean, 0.0)
         seen += 1.0
         mean += apart * (1.0 / seen)
@@ -110,7 +114,7 @@ def moments(y, partials, rows, units, rows_each, ALIGN: tl.constexpr, ROWS: tl.c
     together = tl.sum(mean * sizes, axis=0) / height
     apart = mean - together[None, :]
     partials += tl.program_id(1) * 2 * columns + at
-    tl.store(partials, together, mask=inside)
+    tl.store(partials, together + origin, mask=inside)
     tl.store(partials + columns, tl.sum(squares, axis=0) + tl.sum(sizes * apart * apart, axis=0), mask=inside)
 
 

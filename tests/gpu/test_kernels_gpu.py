@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.normalizing import ACTIVATIONS, DTYPES, SHAPES, Case, built, distances, off, same_bits
+from helpers.normalizing import ACTIVATIONS, DTYPES, SHAPES, Case, built, distances, far_from_zero, off, same_bits
 
 from convplan import kernels
 from convplan.kernels import Norm
@@ -55,6 +55,10 @@ def test_contiguous_tensors_go_by_torch(dtype: torch.dtype) -> None:
 
 def test_two_runs_write_the_same_bits() -> None:
     assert same_bits("cuda")
+
+
+def test_a_large_mean_costs_no_digits() -> None:
+    assert far_from_zero("cuda") <= 1
 
 
 def test_gradients_of_another_layout_are_laid_out_first() -> None:
