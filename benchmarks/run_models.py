@@ -88,15 +88,16 @@ def vae_decoder(width: int) -> nn.Module:
 
 
 class UNet3d(nn.Module):
-    """Three levels, instance norm and leaky ReLU, as for segmenting volumes."""
+    """Three levels, a norm (instance norm, if not told) and leaky ReLU, as for segmenting volumes."""
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, norm: Callable[[int], nn.Module] | None = None) -> None:
         super().__init__()
+        make_norm = norm or (lambda channels: nn.InstanceNorm3d(channels, affine=True))
 
         def block(channels: int, out: int, stride: int = 1) -> nn.Module:
             first = nn.Conv3d(channels, out, 3, stride=stride, padding=1, bias=False)
             second = nn.Conv3d(out, out, 3, padding=1, bias=False)
-            norms = (nn.InstanceNorm3d(out, affine=True) for _ in range(2))
+            norms = (make_norm(out) for _ in range(2))
             return nn.Sequential(first, next(norms), nn.LeakyReLU(0.01), second, next(norms), nn.LeakyReLU(0.01))
 
         widths = (width, 2 * width, 4 * width)
