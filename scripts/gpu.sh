@@ -177,11 +177,11 @@ for part in $parts; do
         ;;
     fusedmodels)
         on_two fused_models "${FUSEDMODELS_SECONDS:-430}" benchmarks/fused_models.py \
-            "${FUSEDMODELS_OPTIONS:-}" "${FUSEDMODELS_OPTIONS_1:-}"
+            "${FUSEDMODELS_OPTIONS:---limit-s 390}" "${FUSEDMODELS_OPTIONS_1:-}"
         ;;
     training)
         on_two training "${TRAINING_SECONDS:-580}" benchmarks/training.py \
-            "${TRAINING_OPTIONS:-}" "${TRAINING_OPTIONS_1:-}"
+            "${TRAINING_OPTIONS:---limit-s 540}" "${TRAINING_OPTIONS_1:-}"
         ;;
     traininggraphs)
         step training_graphs "${TRAININGGRAPHS_SECONDS:-150}" "$PYTHON" benchmarks/training_graphs.py \
