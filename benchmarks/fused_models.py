@@ -2,11 +2,15 @@
 
     python benchmarks/fused_models.py                     # $OUT/fused_models.json, .md (default results/gpu)
     python benchmarks/fused_models.py --device cpu --small --models unet-2d,resnet-50 --dtypes float32
+    CUDA_VISIBLE_DEVICES=0 python benchmarks/fused_models.py --dtypes float16 --name a --limit-s 400 &
+    CUDA_VISIBLE_DEVICES=1 python benchmarks/fused_models.py --dtypes bfloat16 --name b --limit-s 400 &
+    wait; python benchmarks/fused_models.py --merge a,b   # put together as fused_models.json, fused_models.md
 
 Every side runs in a process of its own, with weights in the dtype that is named, channels-last: stock torch with
 benchmark mode on from its first call, convplan with its plans in a store that is filled by tuning first. A round asks
 each side of a case for one sample, in shuffled order, while the others wait; the figure is the middle of the rounds.
 Results are compared with float32 in stock torch: a side may be off by half as much again as stock torch's eager run is.
+The ratios compare like with like: both eager, both in a CUDA graph; and the fused model, eager, with a compiled one.
 """
 
 from __future__ import annotations
@@ -24,12 +28,15 @@ from typing import Any
 
 import torch
 from run_cpu import commit
-from run_models import ALLOWANCE, REFERENCE, WARM_UPS, Process, deeplab, resnet50, serve, timed
+from run_models import ALLOWANCE, LATE, REFERENCE, WARM_UPS, Process, deeplab, merge, resnet50, serve, timed
 from run_models import Side as ModelSide
 from torch import Tensor, nn
 
 HERE = Path(__file__).parent
 SIDES = (("stock", "eager"), ("stock", "compiled"), ("stock", "graphed"), ("fuse", "eager"), ("fuse", "graphed"))
+# Columns of ratios: stock torch's way, and the fused model's that it is compared with.
+RATIOS = (("eager", "eager"), ("compiled", "eager"), ("graphed", "graphed"))
+FEWEST_SAMPLES = 5  # of a side whose rounds were cut short
 FLOOR = 1e-4  # folded weights are rounded elsewhere, which float32 alone would tell
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
@@ -67,7 +74,7 @@ class UNet2d(nn.Module):
 MODELS: dict[str, tuple[Callable[[bool], nn.Module], tuple[int, ...], tuple[int, ...], tuple[int, ...]]] = {
     "resnet-50": (resnet50, (3, 224, 224), (3, 64, 64), (1, 32)),
     "unet-2d": (lambda small: UNet2d(8 if small else 64), (3, 256, 256), (3, 32, 32), (1, 32)),
-    "deeplabv3": (deeplab, (3, 512, 512), (3, 64, 64), (1, 8)),
+    "deeplabv3": (deeplab, (3, 512, 512), (3, 64, 64), (1, 32)),
 }
 
 
@@ -124,28 +131,43 @@ class Side(ModelSide):
             return self.call(self.x)
 
 
-def compare(options: argparse.Namespace, name: str, dtype: str, batch: int) -> dict[str, Any]:
-    """All sides of one case."""
+def compare(options: argparse.Namespace, name: str, dtype: str, batch: int) -> dict[str, Any] | None:
+    """All sides of one case; None where the time was over before all were ready."""
     chosen = [side for side in SIDES if side[1] != "graphed" or options.device == "cuda"]
     more = ("--dtypes", dtype, "--batches", str(batch))
-
-    def process(library: str, way: str) -> Process:
-        return Process(options, name, library, way, script=Path(__file__), more=more)
-
-    # The first of convplan's tunes, while stock torch's get ready; the other finds its plans in the store.
-    sides = [process(REFERENCE, "eager"), *(process(*side) for side in chosen if side != ("fuse", "graphed"))]
+    keys = [(REFERENCE, "eager"), *chosen]
+    sides = {key: Process(options, name, *key, script=Path(__file__), more=more) for key in keys}
     try:
-        for side in sides:
-            side.say(do="prepare", phase="inference")
-        ready = [side.hear() for side in sides]
-        if ("fuse", "graphed") in chosen:
-            sides.append(process("fuse", "graphed"))
-            ready.append(sides[-1].ask(do="prepare", phase="inference"))
-        rows = timed(options, sides, ready)
+        ready = prepared(sides)
+        if any(answer.get("failed") == LATE for answer in ready.values()):
+            return None
+        rows = timed(options, list(sides.values()), list(ready.values()))
     finally:
-        for side in sides:
+        for side in sides.values():
             side.end()
-    return {"model": name, "dtype": dtype, "batch": batch, "rows": rows}
+    return {"model": name, "dtype": dtype, "batch": batch, "rows": rows} if in_time(rows) else None
+
+
+def in_time(rows: list[dict[str, Any]]) -> bool:
+    """Whether the rounds were more than begun when the time was over; what they have then counts."""
+    for row in rows:
+        if row["failed"] == LATE:
+            if len(row["samples_ms"]) < FEWEST_SAMPLES:
+                return False
+            row["failed"] = ""
+    return True
+
+
+def prepared(sides: dict[tuple[str, str], Process]) -> dict[tuple[str, str], dict[str, Any]]:
+    """What each side says once it is ready. The graphed one of convplan's finds the plans of the other in the store."""
+    waits, first = ("fuse", "graphed"), ("fuse", "eager")
+    for key, side in sides.items():
+        if key != waits:
+            side.say(do="prepare", phase="inference")
+    heard = {first: sides[first].hear()}
+    if waits in sides:
+        sides[waits].say(do="prepare", phase="inference")
+    return {key: heard[key] if key in heard else side.hear() for key, side in sides.items()}
 
 
 # ---- the table
@@ -154,31 +176,37 @@ def compare(options: argparse.Namespace, name: str, dtype: str, batch: int) -> d
 def table(raw: dict[str, Any]) -> str:
     lines = ["# Fused models, inference", "", *raw["about"], ""]
     lines += [
-        "Milliseconds, with half the distance between the quartiles of the rounds. Ratios: stock torch's time over"
+        "Milliseconds, with half the distance between the quartiles of the rounds. Ratios: stock torch's time over the",
+        "fused model's; `eager / eager` is both eager, `compiled / eager` stock torch compiled, the fused model eager.",
+        "",
     ]
-    lines += ["the better of the fused model's two.", ""]
     heads = [f"{library} {way}" for library, way in SIDES]
-    lines += [f"| model | dtype | batch | {' | '.join(heads)} | over eager | over compiled | |"]
-    lines += ["|---|---|---:|" + "---:|" * (len(heads) + 2) + "---|"]
-    ratios: dict[str, list[float]] = {"eager": [], "compiled": []}
+    named = [f"{stock} / {mine}" for stock, mine in RATIOS]
+    lines += [f"| model | dtype | batch | {' | '.join(heads)} | {' | '.join(named)} | |"]
+    lines += ["|---|---|---:|" + "---:|" * (len(heads) + len(named)) + "---|"]
+    ratios: dict[str, list[float]] = {one: [] for one in named}
     for case in raw["cases"]:
         rows = {(row["library"], row["way"]): row for row in case["rows"]}
-        mine = [ms for key, row in rows.items() if key[0] == "fuse" and (ms := row["ms"])]
         cells = [cell(rows.get(key)) for key in SIDES]
-        for way, found in ratios.items():
-            stock = rows.get(("stock", way), {}).get("ms")
-            known = bool(stock and mine)
-            cells.append(f"{stock / min(mine):.2f}" if known else "-")
-            if known:
-                found.append(stock / min(mine))
+        for one, (stock, mine) in zip(named, RATIOS, strict=True):
+            found = over(rows.get(("stock", stock)), rows.get(("fuse", mine)))
+            cells.append("-" if found is None else f"{found:.2f}")
+            ratios[one] += [] if found is None else [found]
         told = trouble(rows)
         lines.append(f"| {case['model']} | {case['dtype']} | {case['batch']} | {' | '.join(cells)} | {told} |")
     lines.append("")
-    for way, found in ratios.items():
-        if found:
-            mean = statistics.geometric_mean(found)
-            lines.append(f"Over stock torch {way}: geometric mean {mean:.3f}, lowest {min(found):.3f}.")
+    for one, found_ones in ratios.items():
+        if found_ones:
+            mean, lowest = statistics.geometric_mean(found_ones), min(found_ones)
+            lines.append(f"{one}: geometric mean {mean:.3f} over {len(found_ones)} cases, lowest {lowest:.3f}.")
     return "\n".join(lines) + "\n"
+
+
+def over(stock: dict[str, Any] | None, mine: dict[str, Any] | None) -> float | None:
+    """How many times as fast; None where either has no time."""
+    if stock is None or mine is None or not stock["ms"] or not mine["ms"]:
+        return None
+    return float(stock["ms"] / mine["ms"])
 
 
 def cell(row: dict[str, Any] | None) -> str:
@@ -203,8 +231,10 @@ def main() -> None:
     parser.add_argument("--models", default=",".join(MODELS))
     parser.add_argument("--batches", default="", help="by default those of each model")
     parser.add_argument("--dtypes", default="float16,bfloat16")
-    parser.add_argument("--seconds", type=float, default=4.0, help="rounds of one case")
+    parser.add_argument("--seconds", type=float, default=3.0, help="rounds of one case")
     parser.add_argument("--small", action="store_true", help="small models, to see that it runs")
+    parser.add_argument("--name", default="fused_models", help="of the files, without their ending")
+    parser.add_argument("--merge", default="", help="run nothing: put the files of these names together")
     parser.add_argument("--side", nargs=3, help=argparse.SUPPRESS)
     parser.add_argument("--limit-s", type=float, default=math.inf, help="stop then, with what there is")
     options = parser.parse_args()
@@ -212,13 +242,16 @@ def main() -> None:
     if options.side:
         serve(lambda: Side(options, *options.side))
         return
+    options.out = Path(os.environ.get("OUT", HERE / "results" / "gpu"))
+    options.out.mkdir(parents=True, exist_ok=True)
+    if options.merge:
+        merge(options, options.merge.split(","), "cases", write)
+        return
     unknown = sorted(set(options.models.split(",")) - set(MODELS)) + sorted(
         set(options.dtypes.split(",")) - set(DTYPES)
     )
     if unknown:
         parser.error(f"unknown: {', '.join(unknown)}; models are {', '.join(MODELS)}, dtypes {', '.join(DTYPES)}")
-    out = Path(os.environ.get("OUT", HERE / "results" / "gpu"))
-    out.mkdir(parents=True, exist_ok=True)
     gpu = torch.cuda.get_device_name() if options.device == "cuda" else "no GPU"
     about = [f"Commit {os.environ.get('COMMIT') or commit()}, torch {torch.__version__}, {gpu}."]
     raw: dict[str, Any] = {"about": about, "cases": []}
@@ -228,13 +261,19 @@ def main() -> None:
             batches = [int(one) for one in options.batches.split(",")] if options.batches else MODELS[name][3]
             for dtype in options.dtypes.split(","):
                 for batch in batches:
-                    if time.perf_counter() > options.deadline:
+                    late = time.perf_counter() > options.deadline
+                    case = None if late else compare(options, name, dtype, batch)
+                    if case is None:
                         about.append(f"Not reached: {name}, {dtype}, batch {batch}.")
-                        continue
-                    raw["cases"].append(compare(options, name, dtype, batch))
-                    (out / "fused_models.json").write_text(json.dumps(raw, indent=1) + "\n")
-                    (out / "fused_models.md").write_text(table(raw))
+                    else:
+                        raw["cases"].append(case)
+                    write(options, raw)
     print(table(raw))
+
+
+def write(options: argparse.Namespace, raw: dict[str, Any]) -> None:
+    (options.out / f"{options.name}.json").write_text(json.dumps(raw, indent=1) + "\n")
+    (options.out / f"{options.name}.md").write_text(table(raw))
 
 
 if __name__ == "__main__":

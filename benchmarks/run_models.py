@@ -88,15 +88,16 @@ def vae_decoder(width: int) -> nn.Module:
 
 
 class UNet3d(nn.Module):
-    """Three levels, instance norm and leaky ReLU, as for segmenting volumes."""
+    """Three levels, a norm (instance norm, if not told) and leaky ReLU, as for segmenting volumes."""
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, norm: Callable[[int], nn.Module] | None = None) -> None:
         super().__init__()
+        make_norm = norm or (lambda channels: nn.InstanceNorm3d(channels, affine=True))
 
         def block(channels: int, out: int, stride: int = 1) -> nn.Module:
             first = nn.Conv3d(channels, out, 3, stride=stride, padding=1, bias=False)
             second = nn.Conv3d(out, out, 3, padding=1, bias=False)
-            norms = (nn.InstanceNorm3d(out, affine=True) for _ in range(2))
+            norms = (make_norm(out) for _ in range(2))
             return nn.Sequential(first, next(norms), nn.LeakyReLU(0.01), second, next(norms), nn.LeakyReLU(0.01))
 
         widths = (width, 2 * width, 4 * width)
@@ -372,8 +373,13 @@ def compare(options: argparse.Namespace, found: dict[str, Any], write: Callable[
             side.end()
 
 
-def timed(options: argparse.Namespace, sides: list[Process], ready: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Rounds of all sides but the reference, and how far each is from it."""
+def timed(
+    options: argparse.Namespace,
+    sides: list[Process],
+    ready: list[dict[str, Any]],
+    apart: Callable[[list[Tensor] | None, list[Tensor] | None], Any] | None = None,
+) -> list[dict[str, Any]]:
+    """Rounds of all sides but the reference, and how far each is from it: what `apart` says, else `distance`."""
     results: list[list[Tensor] | None] = []
     with tempfile.TemporaryDirectory() as folder:
         for number, side in enumerate(sides):
@@ -401,7 +407,7 @@ def timed(options: argparse.Namespace, sides: list[Process], ready: list[dict[st
             "spread_ms": spread(samples.get(side, [])),
             "samples_ms": samples.get(side, []),
             "ready_s": prepared.get("seconds"),
-            "off": distance(result, results[0]),
+            "off": (apart or distance)(result, results[0]),
         }
         for side, prepared, result in zip(sides, ready, results, strict=True)
         if side.library != REFERENCE
@@ -511,9 +517,21 @@ def write(options: argparse.Namespace, raw: dict[str, Any]) -> None:
     (options.out / f"{options.name}.md").write_text(table(raw))
 
 
-def merge(options: argparse.Namespace, names: list[str]) -> None:
-    """One file and one table of several, each of which ran some of the models."""
-    raw: dict[str, Any] = {"about": [], "models": []}
+def merge(
+    options: argparse.Namespace,
+    names: list[str],
+    kind: str = "models",
+    put: Callable[[argparse.Namespace, dict[str, Any]], None] = write,
+) -> None:
+    """One file and one table of several, each of which ran some of the models.
+
+    Args:
+        options: with the folder and the name of the result.
+        names: of the files.
+        kind: the key of what is put together.
+        put: writes the whole and its table.
+    """
+    raw: dict[str, Any] = {"about": [], kind: []}
     missing = []
     for name in names:
         file = options.out / f"{name}.json"
@@ -522,13 +540,13 @@ def merge(options: argparse.Namespace, names: list[str]) -> None:
             continue
         part = json.loads(file.read_text())
         raw["about"] += [line for line in part["about"] if line not in raw["about"]]
-        raw["models"] += part["models"]
+        raw[kind] += part[kind]
     raw["about"] += [f"{name}: no file of that name was there." for name in missing]
-    write(options, raw)
+    put(options, raw)
     for name in {*names} - {options.name, *missing}:
         (options.out / f"{name}.json").unlink()
         (options.out / f"{name}.md").unlink(missing_ok=True)
-    print(table(raw))
+    print((options.out / f"{options.name}.md").read_text())
 
 
 if __name__ == "__main__":

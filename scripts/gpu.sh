@@ -1,17 +1,21 @@
 #!/usr/bin/env bash
 # Everything that needs a GPU, in one call: cheap checks, then tests, then benchmarks, each step with a hard timeout.
 #
-#     scripts/gpu.sh [check] [tests] [bench] [search] [l2] [host] [memory] [models] [fused] [fusedmodels] [kernels]
+#     scripts/gpu.sh [check] [tests] [bench] [search] [l2] [host] [memory] [models] [fused] [fusedmodels] [training]
+#                    [traininggraphs] [kernels]
 #
 # The first three by default. Writes to $OUT (default: benchmarks/results/gpu): summary.txt (machine, one line a step),
 # logs.txt (their output),
 # gpu_findings.json (every plan that ran), the engine's raw numbers and table, gpu.json and gpu.md, and the search's,
 # search.json and search.md, what the state of the second-level cache foretells, l2_state.json and l2_state.md; and each
-# further benchmark's, by its own name. Ends with short tables and a line `N passed, N failed`; exit 1 if anything failed.
+# further benchmark's, by its own name. Several calls may share $OUT: one removes the results of the parts that it is asked
+# for and no others, and adds to summary.txt and logs.txt. Ends with short tables of the parts that ran and a line
+# `N passed, N failed`; exit 1 if anything failed.
 #
 # TEST_SECONDS, BENCH_SECONDS, SEARCH_SECONDS and so on limit each step; SEARCH_OPTIONS go to benchmarks/run_search.py, and
-# HOST_OPTIONS, MEMORY_OPTIONS, MODELS_OPTIONS, FUSED_OPTIONS, FUSEDMODELS_OPTIONS and KERNELS_OPTIONS to their scripts. With two
-# GPUs, SEARCH_OPTIONS_1 are for a second run of it at the same time, on the second one; their tables become one.
+# HOST_OPTIONS, MEMORY_OPTIONS, MODELS_OPTIONS, FUSED_OPTIONS, FUSEDMODELS_OPTIONS, TRAINING_OPTIONS,
+# TRAININGGRAPHS_OPTIONS and KERNELS_OPTIONS to their scripts. With two GPUs, SEARCH_OPTIONS_1, FUSEDMODELS_OPTIONS_1 and
+# TRAINING_OPTIONS_1 are for a second run at the same time, on the second one; their tables become one.
 set -u -o pipefail
 cd "$(dirname "$0")/.."
 OUT=${OUT:-benchmarks/results/gpu}
@@ -21,12 +25,35 @@ PYTHON=${PYTHON:-python3}
 parts=${*:-check tests bench}
 passed=0
 failed=0
-: >"$OUT/logs.txt"
-rm -f "$OUT/gpu_findings.json" "$OUT/gpu.json" "$OUT/gpu.md" "$OUT/search.json" "$OUT/search.md" \
-    "$OUT/l2_state.json" "$OUT/l2_state.md"
 scratch=$(mktemp -d)
 prefix=$("$PYTHON" -c 'import sys; print(sys.prefix)')
 trap 'rm -rf "$scratch"' EXIT
+
+results_of() { # part: the name of its files in $OUT
+    case $1 in
+    check) ;;
+    tests) echo gpu_findings ;;
+    bench) echo gpu ;;
+    l2) echo l2_state ;;
+    host) echo host_cost ;;
+    search | memory | models | fused | training | kernels) echo "$1" ;;
+    fusedmodels) echo fused_models ;;
+    traininggraphs) echo training_graphs ;;
+    *)
+        echo "unknown part '$1', see the top of this script" >&2
+        return 2
+        ;;
+    esac
+}
+
+results=()
+for part in $parts; do
+    name=$(results_of "$part") || exit 2
+    [ -n "$name" ] && results+=("$name")
+done
+for name in ${results[@]+"${results[@]}"}; do
+    rm -f "$OUT/$name.json" "$OUT/$name.md" "$OUT/$name"-[01].json "$OUT/$name"-[01].md
+done
 
 step() { # name, seconds, command...
     run "$@"
@@ -55,6 +82,24 @@ report() { # the same, once it has run
         tee -a "$OUT/summary.txt"
 }
 
+on_two() { # name, seconds, script, options for the first GPU, options for a second at the same time or nothing
+    local name=$1 seconds=$2 script=$3 gpus
+    if [ -z "$5" ]; then
+        # shellcheck disable=SC2086 # options are words
+        step "$name" "$seconds" "$PYTHON" "$script" $4
+        return
+    fi
+    IFS=, read -r -a gpus <<<"${CUDA_VISIBLE_DEVICES:-0,1}"
+    # shellcheck disable=SC2086 # options are words
+    CUDA_VISIBLE_DEVICES=${gpus[0]} run "$name-0" "$seconds" "$PYTHON" "$script" --name "$name-0" $4 &
+    # shellcheck disable=SC2086 # options are words
+    CUDA_VISIBLE_DEVICES=${gpus[1]} run "$name-1" "$seconds" "$PYTHON" "$script" --name "$name-1" $5 &
+    wait
+    report "$name-0" "$seconds" "$PYTHON" "$script" --name "$name-0" "$4"
+    report "$name-1" "$seconds" "$PYTHON" "$script" --name "$name-1" "$5"
+    step "$name-merge" 60 "$PYTHON" "$script" --merge "$name-0,$name-1"
+}
+
 test_file() { # run or report, file
     local limits=("${TEST_SECONDS:-250}" "$PYTHON" -m pytest -m gpu "$2" -p no:cacheprovider --timeout 150)
     "$1" "$(basename "$2" .py)" "${limits[@]}"
@@ -76,7 +121,7 @@ count_tests() { # add a pytest log's own counts to the totals, instead of one fo
     nvidia-smi --query-gpu=name,driver_version,memory.total,clocks.max.sm,power.limit --format=csv,noheader
     "$PYTHON" -c 'import platform, torch, triton; print(platform.platform(), "Python", platform.python_version(),
 "torch", torch.__version__, "CUDA", torch.version.cuda, "cuDNN", torch.backends.cudnn.version(), "Triton", triton.__version__)'
-} 2>&1 | tee "$OUT/summary.txt"
+} 2>&1 | tee -a "$OUT/summary.txt"
 
 for part in $parts; do
     case $part in
@@ -131,19 +176,24 @@ for part in $parts; do
         step fused "${FUSED_SECONDS:-200}" "$PYTHON" benchmarks/fused.py ${FUSED_OPTIONS:-}
         ;;
     fusedmodels)
-        step fused_models "${FUSEDMODELS_SECONDS:-400}" "$PYTHON" benchmarks/fused_models.py ${FUSEDMODELS_OPTIONS:-}
+        on_two fused_models "${FUSEDMODELS_SECONDS:-430}" benchmarks/fused_models.py \
+            "${FUSEDMODELS_OPTIONS:---limit-s 390}" "${FUSEDMODELS_OPTIONS_1:-}"
         ;;
     kernels)
         step kernels "${KERNELS_SECONDS:-60}" "$PYTHON" benchmarks/kernels.py ${KERNELS_OPTIONS:-}
         ;;
-    *)
-        echo "unknown part '$part', see the top of this script" >&2
-        exit 2
+    training)
+        on_two training "${TRAINING_SECONDS:-580}" benchmarks/training.py \
+            "${TRAINING_OPTIONS:---limit-s 540}" "${TRAINING_OPTIONS_1:-}"
+        ;;
+    traininggraphs)
+        step training_graphs "${TRAININGGRAPHS_SECONDS:-150}" "$PYTHON" benchmarks/training_graphs.py \
+            ${TRAININGGRAPHS_OPTIONS:-}
         ;;
     esac
 done
 
-for table in gpu search l2_state host_cost memory models fused fused_models kernels; do
+for table in ${results[@]+"${results[@]}"}; do
     [ -f "$OUT/$table.md" ] && sed -n '1,30p' "$OUT/$table.md"
 done
 echo "$passed passed, $failed failed" | tee -a "$OUT/summary.txt"
