@@ -1,0 +1,260 @@
+"""Batch normalization for training, with what follows it, in as few passes over memory as there can be.
+
+    column_sums           sums and sums of squares of each channel: one pass
+    normalize             activation((y - mean) * invstd * weight + bias + residual): one pass, two without sums
+    normalize_backward    its gradients: two passes
+    activation_backward   the gradient behind an activation, and the bias's: one pass
+
+On a CUDA device these are Triton's kernels (`sources`, `pointwise`; how they are called: `launches`; how the work is cut:
+`choices`) wherever a tensor (N, K, spatial...) is dense channels-last, which makes it a row-major matrix of K columns;
+everywhere else, and for float64, torch's operations (`composed`). Both sum in a fixed order: the same bits in every
+run. Nothing here records gradients or finds plans; this package knows no convolutions.
+
+Sums and statistics are float32, those of float64 tensors float64. Activations are those of `convplan._epilogue`, with
+all their parameters, and `hardtanh`: a clamp whose derivative is 0 on its bounds, as torch's modules have it.
+Concurrency: from any thread, on any stream; running statistics are written without a lock.
+"""
+
+from __future__ import annotations
+
+import logging
+from functools import lru_cache
+from types import ModuleType
+from typing import Any, Literal, NamedTuple
+
+import torch
+
+from convplan.kernels import composed
+
+__all__ = ["Norm", "activation_backward", "backward_needs", "column_sums", "normalize", "normalize_backward"]
+
+Tensor = torch.Tensor
+Parameters = tuple[float, ...]
+
+log = logging.getLogger("convplan.kernels")
+
+_KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+# Their derivative is the same seen from the output, however that was rounded.
+_FROM_OUTPUT = ("relu", "leaky_relu", "hardtanh")
+
+
+class Norm(NamedTuple):
+    """A batch normalization's settings.
+
+    Args:
+        weight, bias: (K,), float32 or the dtype of what is normalized; None: 1 and 0.
+        running_mean, running_var: (K,), written by `normalize`; None: not kept.
+        momentum: the new batch's share in the running statistics.
+        eps: added to the variance.
+    """
+
+    weight: Tensor | None = None
+    bias: Tensor | None = None
+    running_mean: Tensor | None = None
+    running_var: Tensor | None = None
+    momentum: float = 0.1
+    eps: float = 1e-5
+
+
+def column_sums(y: Tensor, out: Tensor | None = None) -> Tensor:
+    """Sums (row 0) and sums of squares (row 1) of each channel.
+
+    Args:
+        y: (N, K, spatial...), any layout.
+        out: (2, K), contiguous, of the result's dtype, to write to.
+    """
+    if y.numel() == 0:
+        empty = _statistics(y) if out is None else out
+        return empty.zero_()
+    return _either(y, "column_sums", y, out)
+
+
+def normalize(
+    y: Tensor,
+    sums: Tensor | None,
+    norm: Norm,
+    residual: Tensor | None = None,
+    activation: str = "none",
+    parameters: Parameters = (),
+) -> tuple[Tensor, Tensor]:
+    """`activation((y - mean) * invstd * weight + bias + residual)`, as batch normalization does while training.
+
+    Args:
+        y: (N, K, spatial...), any layout.
+        sums: what `column_sums` returns of it, float32 (2, K), contiguous; None: found here, by a pass more, and so
+            that a mean far larger than the deviation costs no digits.
+        norm: its running statistics are updated in place, with the unbiased variance.
+        residual: of y's shape.
+        activation, parameters: a name and all its numbers.
+
+    Returns:
+        The output, in y's dtype and strides, and `saved` (2, K): mean, and 1 / sqrt(biased variance + eps).
+
+    Raises:
+        ValueError: a single value for each channel, as torch's; nothing has been written.
+    """
+    if y.numel() == 0:
+        return torch.empty_like(y), _statistics(y).zero_()
+    if y.numel() == y.shape[1]:
+        raise ValueError(f"Expected more than 1 value per channel when training, got input size {y.size()}")
+    return _either(y, "normalize", y, sums, norm, _like(residual, y), activation, parameters)
+
+
+def backward_needs(activation: str, parameters: Parameters, residual: bool) -> Literal["nothing", "residual", "out"]:
+    """Which tensor beside y `normalize_backward` takes as `residual_or_out`.
+
+    Without a residual everything is computed anew from y. With one, the output takes its place where it tells the
+    derivative, for it mostly is kept anyway.
+    """
+    if not residual or activation == "none":
+        return "nothing"
+    return "out" if _told_by_output(activation, parameters) else "residual"
+
+
+def normalize_backward(
+    grad: Tensor,
+    y: Tensor,
+    residual_or_out: Tensor | None,
+    saved: Tensor,
+    norm: Norm,
+    activation: str = "none",
+    parameters: Parameters = (),
+    needs: tuple[bool, bool, bool, bool] = (True, True, True, True),
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """The gradients of what `normalize` took.
+
+    Args:
+        grad: what comes in for the output, of its shape.
+        y: as `normalize` got it.
+        residual_or_out: what `backward_needs` says; None where that is nothing.
+        saved: as `normalize` returned it.
+        norm: running statistics are not looked at.
+        activation, parameters: as `normalize` got them.
+        needs: of y, residual, weight and bias.
+
+    Returns:
+        The gradients of y and of the residual, in y's dtype and strides, and of weight and bias, in their dtypes
+        (where they are None, that of `saved`); None where not needed. Without an activation the residual's gradient
+        may be `grad` itself.
+    """
+    if not any(needs):
+        return None, None, None, None
+    if y.numel() == 0:
+        behind, totals, grad_y = torch.empty_like(y), _statistics(y).zero_(), torch.empty_like(y)
+    else:
+        other = None if activation == "none" else _like(residual_or_out, y)
+        from_output = other is not None and _told_by_output(activation, parameters)
+        grad_y, behind, totals = _either(
+            y, "normalize_backward", _like(grad, y), y, other, from_output, saved, norm, activation,
+            _seen(activation, parameters, y.dtype) if from_output else parameters, needs[0],
+        )  # fmt: skip
+    grad_bias, grad_weight = totals.unbind()
+    return (
+        grad_y if needs[0] else None,
+        behind if needs[1] else None,
+        _cast(grad_weight, norm.weight) if needs[2] else None,
+        _cast(grad_bias, norm.bias) if needs[3] else None,
+    )
+
+
+def activation_backward(
+    grad: Tensor, saved: Tensor | None, activation: str, parameters: Parameters = (), *, from_output: bool, bias: bool
+) -> tuple[Tensor, Tensor | None]:
+    """The gradient behind an activation and, in the same pass, that of a bias which was added before it.
+
+    Args:
+        grad: what comes in for the output, (N, K, spatial...).
+        saved: of its shape, the activation's output (`from_output`) or its argument; None for activation `none`.
+        activation, parameters: a name and all its numbers.
+        from_output: only for none, relu, leaky_relu, hardtanh, sigmoid, tanh and elu (the latter and leaky_relu with
+            a parameter of at least 0).
+        bias: sum it over all dims but the channels.
+
+    Returns:
+        The gradient, in the dtype of `grad`, which for activation `none` it is itself; and float32 (K,), or None.
+    """
+    if grad.numel() == 0:
+        return grad, _statistics(grad)[0].zero_() if bias else None
+    first = grad if saved is None or activation == "none" else saved
+    grad = _like(grad, first)
+    if from_output:
+        parameters = _seen(activation, parameters, first.dtype)
+    return _either(first, "activation_backward", grad, saved, activation, parameters, from_output, bias)
+
+
+# Triton where it can
+
+_launches: ModuleType | None = None
+_gave_up = False
+
+
+def _either(y: Tensor, name: str, *arguments: Any) -> Any:
+    """By Triton's kernel where it can compute `y`'s, by torch's operations where not."""
+    if y.is_cuda and not _gave_up and y.dtype in _KERNEL_DTYPES and _is_matrix(y):
+        launches = _launches or _load()
+        if launches is not None:
+            try:
+                return getattr(launches, name)(*arguments)
+            except launches.Unusable as error:
+                _give_up(str(error))
+    return getattr(composed, name)(*arguments)
+
+
+def _load() -> ModuleType | None:
+    global _launches
+    try:
+        from convplan.kernels import launches
+    except Exception as error:  # Triton fails to import in ways of its own, a missing compiler among them
+        _give_up(f"{type(error).__name__}: {error}")
+        return None
+    _launches = launches
+    return launches
+
+
+def _give_up(reason: str) -> None:
+    """Torch's operations from now on: what did not compile once would be tried at every call."""
+    global _gave_up
+    if not _gave_up:
+        log.warning("batch normalization runs by torch's operations, for Triton's kernels do not: %s", reason)
+    _gave_up = True
+
+
+def _is_matrix(y: Tensor) -> bool:
+    """Dense channels-last: places by channels, row after row."""
+    dims = y.dim()
+    if dims == 4:
+        return y.is_contiguous(memory_format=torch.channels_last)
+    if dims == 5:
+        return y.is_contiguous(memory_format=torch.channels_last_3d)
+    return dims >= 2 and y.movedim(1, -1).is_contiguous()
+
+
+def _like(tensor: Tensor | None, y: Tensor) -> Any:
+    """`tensor` in y's dtype, and in y's layout where that is a matrix."""
+    if tensor is None:
+        return None
+    if tensor.dtype != y.dtype:
+        tensor = tensor.to(y.dtype)
+    if tensor.stride() == y.stride() or not _is_matrix(y) or _is_matrix(tensor):
+        return tensor
+    return torch.empty_like(y).copy_(tensor)
+
+
+def _statistics(y: Tensor) -> Tensor:
+    return torch.empty((2, y.shape[1]), dtype=composed.wide(y.dtype), device=y.device)
+
+
+def _cast(gradient: Tensor, parameter: Tensor | None) -> Tensor:
+    return gradient if parameter is None or parameter.dtype == gradient.dtype else gradient.to(parameter.dtype)
+
+
+@lru_cache(maxsize=256)
+def _seen(activation: str, parameters: Parameters, dtype: torch.dtype) -> Parameters:
+    """The parameters to compare an output with, whose bounds have been rounded to its dtype."""
+    if activation != "hardtanh":
+        return parameters
+    return tuple(torch.tensor(parameters, dtype=torch.float64).to(dtype).tolist())
+
+
+def _told_by_output(activation: str, parameters: Parameters) -> bool:
+    return activation in _FROM_OUTPUT and (activation != "leaky_relu" or parameters[0] >= 0)

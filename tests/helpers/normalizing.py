@@ -1,0 +1,244 @@
+"""Cases for `convplan.kernels`, and how far a result is from float64, in units of what rounding allows.
+
+As a program it prints, as JSON, how far Triton's kernels are for each case, run by Triton's interpreter, which must be
+chosen before Triton is imported; hence the process of its own.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import sys
+import traceback
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+from convplan import kernels
+from convplan.kernels import Norm
+
+Tensor = torch.Tensor
+
+# The activation in float64, its parameters, and its corners, near which no derivative is asked for.
+ACTIVATIONS: dict[str, tuple[Callable[[Tensor], Tensor], tuple[float, ...], tuple[float, ...]]] = {
+    "none": (lambda x: x, (), ()),
+    "relu": (torch.relu, (), (0,)),
+    "leaky_relu": (lambda x: F.leaky_relu(x, 0.2), (0.2,), (0,)),
+    "clamp": (lambda x: x.clamp(-0.5, 0.7), (-0.5, 0.7), (-0.5, 0.7)),
+    "hardtanh": (lambda x: F.hardtanh(x, -0.5, 0.7), (-0.5, 0.7), (-0.5, 0.7)),
+    "gelu": (F.gelu, (), ()),
+    "gelu_tanh": (lambda x: F.gelu(x, approximate="tanh"), (), ()),
+    "silu": (F.silu, (), ()),
+    "sigmoid": (torch.sigmoid, (), ()),
+    "tanh": (torch.tanh, (), ()),
+    "hardswish": (F.hardswish, (), (-3, 3)),
+    "elu": (lambda x: F.elu(x, 0.8), (0.8,), (0,)),
+    "softplus": (lambda x: F.softplus(x, 2.0, 3.0), (2.0, 3.0), (1.5,)),
+}
+FROM_OUTPUT = ("none", "relu", "leaky_relu", "hardtanh", "sigmoid", "tanh", "elu")
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+SHAPES = (
+    (2, 3, 5, 7),
+    (4, 24, 3, 3),
+    (1, 130, 2, 3),
+    (7, 5),
+    (2, 6, 9),
+    (2, 10, 3, 2, 3),
+    (2, 1, 3, 3),
+    (130, 8, 3, 3),
+    (70, 64, 4, 4),
+)
+LARGE = ((100, 70, 3, 3), (40, 1030, 2, 2))  # several blocks of columns
+
+
+class Case(NamedTuple):
+    """What is normalized, and with what."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    activation: str = "none"
+    residual: bool = False
+    affine: str = "float32"  # or same, weight, bias, none
+    running: bool = True
+    sums: bool = False  # given
+
+    @property
+    def id(self) -> str:
+        words = ["x".join(map(str, self.shape)), str(self.dtype)[6:], self.activation, f"affine={self.affine}"]
+        words += [name for name in ("residual", "running", "sums") if getattr(self, name)]
+        return "-".join(words)
+
+
+def cases(shapes: tuple[tuple[int, ...], ...] = SHAPES, dtypes: tuple[torch.dtype, ...] = DTYPES) -> list[Case]:
+    """Every activation in every dtype with and without a residual, and every shape."""
+    found = [
+        Case((6, 24, 5, 5), dtype, activation, residual, sums=residual)
+        for dtype, activation, residual in itertools.product(dtypes, ACTIVATIONS, (False, True))
+    ]
+    found += [Case(shape, dtype, "relu", True) for shape in shapes for dtype in dtypes]
+    found += [Case(shape, dtypes[0], "relu", True) for shape in LARGE]
+    found += [Case(shape, dtypes[0], "silu", sums=True) for shape in (*shapes, *LARGE)]
+    affine = ("same", "weight", "bias", "none")
+    return found + [Case((6, 24, 5, 5), dtypes[0], "relu", False, one, running=False) for one in affine]
+
+
+def built(case: Case, device: str = "cpu", last: bool = True) -> dict[str, Any]:
+    """Tensors of a case: channels-last, the mean of each channel a few deviations from zero."""
+    draw = torch.Generator().manual_seed(1)
+    columns = case.shape[1]
+    y = torch.randn(case.shape, generator=draw)
+    wide = (1, columns, *[1] * (len(case.shape) - 2))
+    y = y * (torch.rand(wide, generator=draw) + 0.5) + 3 * torch.randn(wide, generator=draw)
+
+    def laid(x: Tensor) -> Tensor:
+        x = x.to(device, case.dtype)
+        return x.movedim(1, -1).contiguous().movedim(-1, 1) if last else x.contiguous()
+
+    parameter = torch.float32 if case.affine != "same" and case.dtype != torch.float64 else case.dtype
+    weight = (torch.rand(columns, generator=draw) + 0.5).to(device, parameter)
+    bias = torch.randn(columns, generator=draw).to(device, parameter)
+    mean = torch.randn(columns, generator=draw).to(device, parameter)
+    var = torch.rand(columns, generator=draw).to(device, parameter)
+    norm = Norm(
+        weight if case.affine not in ("bias", "none") else None,
+        bias if case.affine not in ("weight", "none") else None,
+        mean if case.running else None,
+        var if case.running else None,
+        0.3,
+        1e-3,
+    )
+    residual = laid(torch.randn(case.shape, generator=draw)) if case.residual else None
+    return {"y": laid(y), "norm": norm, "residual": residual, "grad": laid(torch.randn(case.shape, generator=draw))}
+
+
+def _double(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.detach().cpu().double()
+
+
+def off(found: Tensor, right: Tensor, share: float) -> float:
+    """How far `found` is, over what is allowed: `share` of each number, and of their root mean square."""
+    assert found.shape == right.shape
+    right = right.detach()
+    limit = share * (right.abs() + right.square().mean().sqrt()) + 1e-12
+    return float(((found.detach().cpu().double() - right).abs() / limit).max())
+
+
+def share_of(dtype: torch.dtype, exact: bool = True) -> float:
+    """The part of a number that may be wrong; Triton's interpreter cuts bfloat16 off where a GPU rounds."""
+    eps = 1.2 * torch.finfo(dtype).eps
+    return {torch.float32: 2e-5, torch.float64: 1e-11}.get(dtype, eps if exact else 2 * eps)
+
+
+def distances(
+    case: Case, device: str = "cpu", last: bool = True, exact: bool = True, steps: int = 1
+) -> dict[str, float]:
+    """Of everything that the four functions return for a case, how far from float64.
+
+    Args:
+        case, device, last: what is built; channels-last or contiguous.
+        exact: bfloat16 is rounded, not cut off.
+        steps: roundings one after the other.
+    """
+    share = share_of(case.dtype, exact)
+    if case.dtype == torch.float32:
+        share *= 10 if case.sums else 1  # the variance is a difference of large numbers
+    elif case.dtype != torch.float64:
+        share *= steps
+    given = built(case, device, last)
+    y, norm, residual, grad = given["y"], given["norm"], given["residual"], given["grad"]
+    of, parameters, corners = ACTIVATIONS[case.activation]
+    wide = _double(y).requires_grad_()
+    weight, bias, mean, var = map(_double, norm[:4])
+    added = _double(residual)
+    leaves = [wide, *(one.requires_grad_() for one in (added, weight, bias) if one is not None)]
+    z = F.batch_norm(wide, mean, var, weight, bias, True, norm.momentum, norm.eps)
+    z = z if added is None else z + added
+    right = of(z)
+    found: dict[str, float] = {}
+    few = 1e-5 if case.dtype != torch.float64 else 1e-11
+    others = [place for place in range(y.dim()) if place != 1]
+
+    sums = kernels.column_sums(y)
+    squares = wide.square().sum(others)
+    found["sums"] = off(sums, torch.stack((wide.sum(others), squares)), few)
+    out, saved = kernels.normalize(y, sums if case.sums else None, norm, residual, case.activation, parameters)
+    assert (out.dtype, out.stride()) == (y.dtype, y.stride())
+    found["out"] = off(out, right, share)
+    invstd = (wide.var(others, correction=0) + norm.eps).rsqrt()
+    found["saved"] = max(off(saved[0], wide.mean(others), few), off(saved[1], invstd, 20 * few if case.sums else few))
+    if case.running:
+        same = share_of(norm.running_mean.dtype, exact)
+        found["running_mean"] = off(norm.running_mean, mean, same)
+        found["running_var"] = off(norm.running_var, var, 2 * same)
+
+    for corner in corners:
+        grad = torch.where((z.detach().to(device) - corner).abs() < 0.05, 0, grad)
+    grad = grad.movedim(1, -1).contiguous().movedim(-1, 1) if last else grad.contiguous()
+    needed = kernels.backward_needs(case.activation, parameters, case.residual)
+    other = {"nothing": None, "residual": residual, "out": out}[needed]
+    wanted = (True, case.residual, norm.weight is not None, norm.bias is not None)
+    results = kernels.normalize_backward(grad, y, other, saved, norm, case.activation, parameters, wanted)
+    assert [one is not None for one in results] == list(wanted)
+    rights = torch.autograd.grad(right, leaves, _double(grad), retain_graph=True)
+    names = ["grad_y", "grad_residual", "grad_weight", "grad_bias"]
+    for name, one, two in zip(
+        [n for n, want in zip(names, wanted, strict=True) if want],
+        [one for one in results if one is not None],
+        rights,
+        strict=True,
+    ):
+        found[name] = off(one, two, 2 * share)
+        like = {"grad_weight": norm.weight, "grad_bias": norm.bias}.get(name, y)
+        assert one.dtype == like.dtype
+        assert one.stride() == like.stride()
+
+    return found if case.residual else found | _activation_distances(case, y, grad, share)
+
+
+def _activation_distances(case: Case, y: Tensor, grad: Tensor, share: float) -> dict[str, float]:
+    """Of `activation_backward`, from the argument and, where that can be, from the output."""
+    of, parameters, corners = ACTIVATIONS[case.activation]
+    found = {}
+    others = [place for place in range(y.dim()) if place != 1]
+    x = _double(y).requires_grad_()
+    for corner in corners:
+        grad = torch.where((y - corner).abs() < 0.05, 0, grad)
+    right = of(x)
+    dx = torch.autograd.grad(right, x, _double(grad))[0]
+    made = torch.empty_like(y).copy_(right.detach())
+    for from_output in (False, True)[: 1 + (case.activation in FROM_OUTPUT)]:
+        saved = made if from_output else y
+        for bias in (False, True):
+            g, total = kernels.activation_backward(
+                grad, saved, case.activation, parameters, from_output=from_output, bias=bias
+            )
+            assert (total is not None) == bias
+            # What the output was rounded by comes back in the derivative, as in torch's own.
+            slack = 4 if from_output else 1
+            found[f"g {from_output} {bias}"] = off(g, dx, slack * share)
+            if total is not None:
+                found[f"bias {from_output}"] = off(total, dx.sum(others), slack * share)
+    return found
+
+
+def main() -> None:
+    """How far Triton's kernels are, by its interpreter."""
+    import triton
+
+    from convplan.kernels import launches
+
+    assert triton.knobs.runtime.interpret
+    kernels._either = lambda y, name, *arguments: getattr(launches, name)(*arguments)
+    found: dict[str, Any] = {}
+    for case in cases():
+        try:
+            found[case.id] = distances(case, exact=False)
+        except Exception:
+            found[case.id] = traceback.format_exc()
+    json.dump(found, sys.stdout)
+
+
+if __name__ == "__main__":
+    main()
