@@ -21,7 +21,7 @@ from convplan._problem import Problem
 from convplan.kernels import Norm, backward_needs, normalize, normalize_backward
 from convplan.torch_ops.activations import NONE, Resolved
 from convplan.torch_ops.adapter import ConvArgs
-from convplan.torch_ops.linear import Geometry, Linear
+from convplan.torch_ops.linear import Geometry, Linear, bias_gradient
 from convplan.torch_ops.statistics import convolution_with_statistics
 
 Tensor = torch.Tensor
@@ -159,7 +159,8 @@ def _recorded(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     gradients: list[Tensor | None] = [None] * 11
     for place, one in zip(wanted, found, strict=True):
         gradients[place] = one
-    gradients[3] = _bias_gradient(ctx, grad)
+    if needs[3] and ctx.bias is not None:
+        gradients[3] = bias_gradient(grad * 0).to(ctx.bias[1])  # with a history, as all others
     if needs[4] and residual is None:  # nothing is between it and what comes in, or it is in `grad` by now
         gradients[4] = grad
     return tuple(gradients)
