@@ -79,5 +79,9 @@ def test_a_step_is_the_models(name: str, monkeypatch: pytest.MonkeyPatch) -> Non
     for key, value in right.items():
         scale = largest if key.startswith("gradient") else 1.0
         torch.testing.assert_close(
-            found[key].double(), value.double(), rtol=1e-6, atol=1e-7 * scale, msg=lambda text, key=key: f"{key}: {text}"
+            found[key].double(),
+            value.double(),
+            rtol=1e-6,
+            atol=1e-7 * scale,
+            msg=lambda text, key=key: f"{key}: {text}",
         )

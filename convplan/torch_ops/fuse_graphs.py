@@ -88,9 +88,11 @@ class Tracer(Reader):
         self.blamed: nn.Module | None = None
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        """Whether a module stays one call."""
         return self._keep(m) or patterns.computes_plainly(m) or super().is_leaf_module(m, module_qualified_name)
 
     def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """What stands for a module's result."""
         try:
             return super().call_module(m, forward, args, kwargs)
         except Exception:
@@ -98,6 +100,7 @@ class Tracer(Reader):
             raise
 
     def yields_tensor(self, node: Node) -> bool:
+        """Whether a node yields a tensor for sure."""
         if node.op == "placeholder":
             if not self._is_model:
                 raise Untraceable(f"it asks what kind of thing {node.target!r} is")
@@ -107,6 +110,7 @@ class Tracer(Reader):
         return type(self.root.get_submodule(str(node.target))).__module__.startswith("torch.nn.modules")
 
     def create_arg(self, a: Any) -> Any:
+        """What a node takes for an argument."""
         if issubclass(type(a), fx.Proxy):
             return a.node
         if isinstance(a, (dict, list)) and type(a) not in (dict, list, OrderedDict):
@@ -373,8 +377,10 @@ class Rewriting:
         last = chain.nodes[-1]
         operands = given if chain.residual is None else (*given, chain.residual)
         with self.graph.inserting_before(last):
-            call = self.graph.call_module if isinstance(target, str) else self.graph.call_function
-            new = call(target, operands)  # type: ignore[operator]
+            if isinstance(target, str):
+                new = self.graph.call_module(target, operands)
+            else:
+                new = self.graph.call_function(target, operands)
         new.meta.update(last.meta)
         last.replace_all_uses_with(new)
         for node in reversed(chain.nodes):

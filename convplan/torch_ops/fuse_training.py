@@ -129,7 +129,7 @@ class Forward:
     def _ready(self) -> None:
         file = f"<convplan.fuse_training {type(self._module).__name__} {id(self):x}>"
         found: dict[str, Any] = dict(self._names)
-        exec(compile(self._source, file, "exec"), found)  # noqa: S102  (written by torch.fx, from the module's own code)
+        exec(compile(self._source, file, "exec"), found)  # which torch.fx wrote, from the module's own code
         linecache.cache[file] = (len(self._source), None, self._source.splitlines(keepends=True), file)
         self._run: Callable[..., Any] = found["forward"]
 

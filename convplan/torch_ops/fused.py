@@ -386,9 +386,7 @@ class Fused(torch.autograd.Function):
 def _behind(activation: Resolved, grad: Tensor, y: Tensor | None, bias: bool) -> tuple[Tensor, Tensor | None]:
     """The gradient behind an activation, and a bias's: in one pass over memory where there is a kernel for it."""
     if y is not None and has_kernels(grad) and y.stride() == grad.stride():
-        grad, sums = activation_backward(
-            grad, y, activation.name, activation.parameters, from_output=True, bias=bias
-        )
+        grad, sums = activation_backward(grad, y, activation.name, activation.parameters, from_output=True, bias=bias)
         return grad, None if sums is None else sums.to(grad.dtype)
     grad = grad if y is None else activation.gradient(grad, y)
     return grad, bias_gradient(grad) if bias else None

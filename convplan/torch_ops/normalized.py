@@ -145,7 +145,7 @@ def _recorded(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     y = input
     if weight is not None:
         y = Linear.apply(step.op, input, weight, None, step.geometry)  # type: ignore[no-untyped-call]
-    result = F.batch_norm(y, None, None, norm_weight, norm_bias, True, 0.0, ctx.eps)
+    result = F.batch_norm(cast(Tensor, y), None, None, norm_weight, norm_bias, True, 0.0, ctx.eps)
     if step.keeps == "out":
         grad = step.activation.gradient(grad, kept)
     elif step.activation != NONE:
