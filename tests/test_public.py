@@ -97,7 +97,7 @@ def test_star_import_gives_the_public_list() -> None:
 
 # What importing costs
 
-HEAVY = ("torch", "sqlalchemy", "typer", "rich", "numpy", "psutil", "platformdirs", "msgspec")
+HEAVY = ("torch", "triton", "sqlalchemy", "typer", "rich", "numpy", "psutil", "platformdirs", "msgspec")
 
 
 def imported_by(code: str) -> set[str]:

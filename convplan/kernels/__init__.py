@@ -5,10 +5,10 @@
     normalize_backward    its gradients: two passes
     activation_backward   the gradient behind an activation, and the bias's: one pass
 
-On a CUDA device these are Triton's kernels (`sources`, `pointwise`; how they are called: `launches`; how the work is cut:
-`choices`) wherever a tensor (N, K, spatial...) is dense channels-last, which makes it a row-major matrix of K columns;
-everywhere else, and for float64, torch's operations (`composed`). Both sum in a fixed order: the same bits in every
-run. Nothing here records gradients or finds plans; this package knows no convolutions.
+On a CUDA device these are Triton's kernels (`sources`, `pointwise`; how they are called: `launches`; how the work is
+cut: `choices`) wherever a tensor (N, K, spatial...) is dense channels-last, which makes it a row-major matrix of K
+columns; everywhere else, and for float64, torch's operations (`composed`). Both sum in a fixed order: the same bits in
+every run. Nothing here records gradients or finds plans; this package knows no convolutions.
 
 Sums and statistics are float32, those of float64 tensors float64. Activations are those of `convplan._epilogue`, with
 all their parameters, and `hardtanh`: a clamp whose derivative is 0 on its bounds, as torch's modules have it.
@@ -66,7 +66,8 @@ def column_sums(y: Tensor, out: Tensor | None = None) -> Tensor:
     if y.numel() == 0:
         empty = _statistics(y) if out is None else out
         return empty.zero_()
-    return _either(y, "column_sums", y, out)
+    found: Tensor = _either(y, "column_sums", y, out)
+    return found
 
 
 def normalize(
@@ -97,7 +98,8 @@ def normalize(
         return torch.empty_like(y), _statistics(y).zero_()
     if y.numel() == y.shape[1]:
         raise ValueError(f"Expected more than 1 value per channel when training, got input size {y.size()}")
-    return _either(y, "normalize", y, sums, norm, _like(residual, y), activation, parameters)
+    found: tuple[Tensor, Tensor] = _either(y, "normalize", y, sums, norm, _like(residual, y), activation, parameters)
+    return found
 
 
 def backward_needs(activation: str, parameters: Parameters, residual: bool) -> Literal["nothing", "residual", "out"]:
@@ -179,7 +181,10 @@ def activation_backward(
     grad = _like(grad, first)
     if from_output:
         parameters = _seen(activation, parameters, first.dtype)
-    return _either(first, "activation_backward", grad, saved, activation, parameters, from_output, bias)
+    found: tuple[Tensor, Tensor | None] = _either(
+        first, "activation_backward", grad, saved, activation, parameters, from_output, bias
+    )
+    return found
 
 
 # Triton where it can

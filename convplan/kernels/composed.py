@@ -86,7 +86,7 @@ def _native(y: Tensor, norm: Norm, weight: Tensor, bias: Tensor) -> tuple[Tensor
         kept = [torch.zeros_like(weight) if one is None else one for one in kept]
     out, mean, invstd = _aten.native_batch_norm(y, weight, bias, *kept, True, norm.momentum, norm.eps)
     for one, updated in zip(running, kept, strict=True):
-        if one is not None and updated is not one:
+        if one is not None and updated is not None and updated is not one:
             one.copy_(updated)
     return out, mean, invstd
 
@@ -117,7 +117,7 @@ def normalize_backward(
     grad_y, grad_weight, grad_bias = _aten.native_batch_norm_backward(
         behind, y, weight, None, None, mean, invstd, True, norm.eps, [wants_y, True, True]
     )
-    return _as(grad_y, y) if wants_y else None, _as(behind, y), torch.stack((grad_bias, grad_weight))
+    return None if grad_y is None else _as(grad_y, y), _as(behind, y), torch.stack((grad_bias, grad_weight))
 
 
 @torch.no_grad()
@@ -137,6 +137,7 @@ def activation_backward(
 
 
 def _as(result: Tensor, y: Tensor) -> Tensor:
+    """In y's strides, which some of torch's kernels do not keep."""
     return result if result.stride() == y.stride() else torch.empty_like(y).copy_(result)
 
 

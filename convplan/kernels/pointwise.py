@@ -121,7 +121,7 @@ def backward(g, x, ACTIVATION: tl.constexpr, P0: tl.constexpr, P1: tl.constexpr)
     elif ACTIVATION == "hardswish":
         result = tl.where(x <= -3, 0.0, tl.where(x < 3, g * (x / 3 + 0.5), g))
     elif ACTIVATION == "elu":
-        result = tl.where(x > 0, g, g * P0 * tl.exp(x))
+        result = tl.where(x <= 0, g * P0 * tl.exp(x), g)
     else:
         result = g * slope(x, ACTIVATION, P0, P1)
     return result
@@ -135,8 +135,10 @@ def backward_from_output(g, out, ACTIVATION: tl.constexpr, P0: tl.constexpr, P1:
     elif ACTIVATION == "tanh":
         result = g * (1 - out * out)
     elif ACTIVATION == "elu":
-        result = tl.where(out > 0, g, g * (out + P0))
+        result = tl.where(out <= 0, g * (out + P0), g)
     else:
-        tl.static_assert(ACTIVATION == "none" or ACTIVATION == "relu" or ACTIVATION == "leaky_relu" or ACTIVATION == "hardtanh")
+        tl.static_assert(
+            ACTIVATION == "none" or ACTIVATION == "relu" or ACTIVATION == "leaky_relu" or ACTIVATION == "hardtanh"
+        )
         result = backward(g, out, ACTIVATION, P0, P1)
     return result

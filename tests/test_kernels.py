@@ -1,0 +1,236 @@
+"""The passes of batch normalization against float64: torch's operations, and Triton's kernels without a GPU.
+
+Triton's interpreter runs the kernels themselves, in a process that chose it before it imported Triton; its compiler
+translates them for a GPU that is not there. On one they are tested by tests/gpu/test_kernels_gpu.py.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import platform
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers.normalizing import ACTIVATIONS, Case, cases, corner_offences, distances, same_bits
+from helpers.plans import run_python
+
+from convplan import kernels
+from convplan._epilogue import ACTIVATIONS as KNOWN
+from convplan.kernels import Norm, choices
+
+CASES = cases()
+# Triton's wheels are for this; elsewhere the package runs by torch's operations alone.
+HAS_TRITON = sys.platform == "linux" and platform.machine() == "x86_64"
+triton_only = pytest.mark.skipif(not HAS_TRITON, reason="Triton has no wheel for this platform")
+
+
+def too_far(found: dict[str, float]) -> dict[str, float]:
+    return {name: value for name, value in found.items() if not value <= 1}
+
+
+def test_cases_have_every_activation() -> None:
+    assert {case.activation for case in CASES} == {*KNOWN, "hardtanh"}
+
+
+# By torch's operations
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
+def test_torch_operations_are_right(case: Case) -> None:
+    assert too_far(distances(case, steps=6)) == {}
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_in_double_all_digits_are_right(activation: str) -> None:
+    for residual in (False, True):
+        case = Case((4, 6, 5, 3), torch.float64, activation, residual, sums=residual)
+        assert too_far(distances(case)) == {}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_contiguous_tensors(dtype: torch.dtype) -> None:
+    assert too_far(distances(Case((4, 6, 5, 3), dtype, "relu", True), last=False, steps=6)) == {}
+
+
+def test_corners_are_torchs() -> None:
+    assert corner_offences() == []
+
+
+def test_two_runs_write_the_same_bits() -> None:
+    assert same_bits()
+
+
+def test_the_reference_rejects_what_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = Case((4, 6, 5, 3), torch.float32, "relu", True)
+    right = kernels.composed.normalize
+
+    def unbiased(y: torch.Tensor, *more: Any) -> Any:
+        out, saved = right(y, *more)
+        rows = y.numel() / y.shape[1]
+        return out, saved * torch.tensor([[1], [((rows - 1) / rows) ** 0.5]])
+
+    monkeypatch.setattr(kernels.composed, "normalize", unbiased)
+    assert {"saved", "grad_y", "grad_weight"} <= too_far(distances(case)).keys()
+
+
+# What is no number of rows to normalize
+
+
+@pytest.mark.parametrize("shape", [(1, 3, 1, 1), (1, 3)], ids=str)
+def test_a_single_value_is_refused_as_torch_does(shape: tuple[int, ...]) -> None:
+    y = torch.randn(shape)
+    mean, var = torch.zeros(3), torch.ones(3)
+    with pytest.raises(ValueError, match="Expected more than 1 value per channel") as theirs:
+        F.batch_norm(y, mean, var, training=True)
+    with pytest.raises(ValueError, match="Expected more than 1 value per channel") as ours:
+        kernels.normalize(y, None, Norm(running_mean=mean, running_var=var))
+    assert str(ours.value) == str(theirs.value)
+    assert (mean.tolist(), var.tolist()) == ([0] * 3, [1] * 3)
+
+
+def test_no_rows_at_all() -> None:
+    y = torch.randn(0, 3, 4, 4)
+    norm = Norm(torch.ones(3), torch.ones(3), torch.zeros(3), torch.ones(3))
+    out, saved = kernels.normalize(y, None, norm, None, "relu")
+    assert (out.shape, saved.shape) == (y.shape, (2, 3))
+    assert norm.running_mean is not None
+    assert norm.running_mean.tolist() == [0, 0, 0]
+    assert kernels.column_sums(y).tolist() == [[0] * 3] * 2
+    grads = kernels.normalize_backward(out, y, None, saved, norm, "relu")
+    assert [one is not None and float(one.sum()) for one in grads] == [0, 0, 0, 0]
+    g, total = kernels.activation_backward(out, out, "relu", from_output=True, bias=True)
+    assert (g.shape, total is not None and total.tolist()) == (y.shape, [0] * 3)
+
+
+def test_running_statistics_of_one_kind_alone_and_of_half() -> None:
+    y = torch.randn(6, 4, 3, 3)
+    for dtype in (torch.float32, torch.float16):
+        mean = torch.ones(4, dtype=dtype)
+        kernels.normalize(y, None, Norm(running_mean=mean, momentum=0.5))
+        torch.testing.assert_close(mean, (0.5 + 0.5 * y.mean((0, 2, 3))).to(dtype))
+
+
+def test_what_the_backward_pass_reads() -> None:
+    told = {name: kernels.backward_needs(name, ACTIVATIONS[name][1], True) for name in ACTIVATIONS}
+    assert told.pop("none") == "nothing"
+    assert {name for name, what in told.items() if what == "out"} == {"relu", "leaky_relu", "hardtanh"}
+    assert {what for name, what in told.items() if what != "out"} == {"residual"}
+    assert kernels.backward_needs("leaky_relu", (-0.5,), True) == "residual"
+    assert kernels.backward_needs("silu", (), False) == "nothing"
+
+
+def test_only_what_is_needed_is_returned() -> None:
+    y, grad = torch.randn(4, 6, 3, 3), torch.randn(4, 6, 3, 3)
+    _, saved = kernels.normalize(y, None, Norm())
+    for place in range(4):
+        needs = tuple(place == one for one in range(4))
+        found = kernels.normalize_backward(grad, y, None, saved, Norm(), needs=needs)  # type: ignore[arg-type]
+        assert tuple(one is not None for one in found) == needs
+
+
+# Triton's kernels, interpreted
+
+
+@pytest.fixture(scope="module")
+def interpreted() -> Any:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_INTERPRET", "1")
+        return json.loads(run_python("from helpers.normalizing import main; main()", timeout_s=250))
+
+
+@triton_only
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
+def test_interpreted_kernels_are_right(case: Case, interpreted: Any) -> None:
+    found = interpreted[case.id]
+    assert isinstance(found, dict), found
+    assert too_far(found) == {}
+
+
+@triton_only
+def test_interpreted_kernels_have_torchs_corners(interpreted: Any) -> None:
+    assert interpreted["corners"] == []
+
+
+@triton_only
+def test_interpreted_kernels_write_the_same_bits(interpreted: Any) -> None:
+    assert interpreted["same bits"] is True
+
+
+# Triton's kernels, compiled
+
+
+@triton_only
+def test_kernels_compile_for_an_absent_gpu_and_read_16_bytes_a_thread(tmp_path: Path) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+        patch.delenv("TRITON_INTERPRET", raising=False)
+        found = json.loads(run_python("import runpy; runpy.run_module('helpers.compiling', run_name='__main__')"))
+    assert len(found) == 21
+    for name, counts in found.items():
+        wide, narrow = counts["ld wide"], counts["ld all"] - counts["ld wide"]
+        # Nothing of the tensors themselves is read in smaller pieces; vectors of one number a column may be.
+        assert wide >= (2 if name.startswith(("sums", "moments")) else 4), name
+        assert narrow <= 4, name
+        if not name.startswith(("sums", "moments", "finish")):
+            assert counts["st wide"] >= 2, name
+        assert counts["shared_bytes"] <= 48 * 1024
+
+
+def test_importing_the_package_imports_no_triton() -> None:
+    code = "import sys, convplan; before = 'torch' in sys.modules; import convplan.kernels; "
+    assert run_python(f"{code}print(before, 'triton' in sys.modules)").split() == ["False", "False"]
+
+
+def test_without_triton_there_is_one_warning_and_torch(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(kernels, "_launches", None)
+    monkeypatch.setattr(kernels, "_gave_up", False)
+    monkeypatch.setitem(sys.modules, "convplan.kernels.launches", None)
+    monkeypatch.delattr(kernels, "launches", raising=False)
+    with caplog.at_level(logging.WARNING, "convplan.kernels"):
+        assert kernels._load() is None
+        assert kernels._load() is None
+    assert [record.name for record in caplog.records] == ["convplan.kernels"]
+    assert "torch's operations" in caplog.text
+
+
+# How the work is cut
+
+SIZES = [(rows, columns) for rows in (1, 2, 63, 3136, 802816, 2**31 + 5) for columns in (1, 3, 24, 64, 256, 2048, 5000)]
+
+
+@pytest.mark.parametrize(("rows", "columns"), SIZES)
+def test_programs_cover_the_matrix_once(rows: int, columns: int) -> None:
+    for cut in (choices.reducing(rows, columns), choices.passing(rows, columns), choices.passing(rows, columns, 16)):
+        across, down = cut.grid
+        assert across * cut.block_columns >= columns > (across - 1) * cut.block_columns
+        assert down * cut.rows_each >= rows > (down - 1) * cut.rows_each
+        assert cut.rows_each % cut.block_rows == 0
+        assert down <= 65535
+        assert cut.block_rows * cut.block_columns <= choices.TILE_ELEMENTS
+    partials = choices.reducing(rows, columns).grid[1]
+    assert partials <= choices.REDUCING_PROGRAMS
+    finish = choices.finishing(partials, columns)
+    assert finish.block_rows >= partials
+    assert finish.grid[0] * finish.block_columns >= columns
+
+
+def test_many_channels_have_few_partial_sums() -> None:
+    assert choices.reducing(64 * 7 * 7, 2048).grid[1] <= choices.FEW_PARTIALS
+    assert choices.reducing(64 * 14 * 14, 1024).grid[1] <= choices.FEW_PARTIALS
+    assert choices.reducing(64 * 56 * 56, 64).grid == (1, 523)
+
+
+def test_alignment_divides() -> None:
+    assert [choices.alignment(columns) for columns in (1, 6, 24, 64, 1000, 1001)] == [1, 2, 8, 8, 8, 1]
+
+
+def test_the_interpreter_is_not_left_on() -> None:
+    assert os.environ.get("TRITON_INTERPRET") is None
