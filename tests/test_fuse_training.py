@@ -327,7 +327,9 @@ def test_what_is_left_alone_and_why() -> None:
 
 def test_a_convolution_whose_result_is_used_twice_stays() -> None:
     model = Made(lambda m, x: torch.relu(m.norm(y := m.conv(x))) * y, conv=nn.Conv2d(3, 3, 1), norm=nn.BatchNorm2d(3))
-    (row,) = convplan.fuse_training(model).fusion_report.rows
+    fused = convplan.fuse_training(model)
+    (row,) = fused.fusion_report.rows
+    assert str(fused.fusion_report).split()[:2] == ["batch", "norm"]
     assert row == ("norm", ("relu",), "conv: its result is used 2 times")
 
 
@@ -337,6 +339,11 @@ def test_a_model_without_batch_norms_comes_back_with_an_empty_report() -> None:
     assert fused.fusion_report.rows == ()
     assert fused.fusion_report.counts == {}
     torch.testing.assert_close(fused(torch.ones(1, 3, 2, 2)), model(torch.ones(1, 3, 2, 2)))
+
+
+def test_a_norm_that_nothing_is_around_is_named_once() -> None:
+    report = convplan.fuse_training(nn.Sequential(nn.ReLU(), nn.BatchNorm2d(3), nn.MaxPool2d(2))).fusion_report
+    assert report.rows == (("1", (), "then MaxPool2d 2"),)
 
 
 def test_modules_that_look_at_their_mode_follow_it() -> None:

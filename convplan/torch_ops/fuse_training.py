@@ -213,7 +213,6 @@ class _Walk:
         rewriting = _Rewriting(module, found.graph, lambda _: "", self._policy)
         self.rows += [row._replace(name=before + row.name) for row in rewriting.run()]
         if not rewriting.calls:
-            self._parts(module, path)  # some of them may be called otherwise than by this forward
             return
         code = found.graph.python_code("self")
         names = {k: v for k, v in code.globals.items() if getattr(builtins, k, code) is not v}
