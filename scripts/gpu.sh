@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Everything that needs a GPU, in one call: cheap checks, then tests, then benchmarks, each step with a hard timeout.
 #
-#     scripts/gpu.sh [check] [tests] [bench] [search] [l2] [host] [memory] [models] [fused] [fusedmodels]
+#     scripts/gpu.sh [check] [tests] [bench] [search] [l2] [host] [memory] [models] [fused] [fusedmodels] [kernels]
 #
 # The first three by default. Writes to $OUT (default: benchmarks/results/gpu): summary.txt (machine, one line a step),
 # logs.txt (their output),
@@ -10,7 +10,7 @@
 # further benchmark's, by its own name. Ends with short tables and a line `N passed, N failed`; exit 1 if anything failed.
 #
 # TEST_SECONDS, BENCH_SECONDS, SEARCH_SECONDS and so on limit each step; SEARCH_OPTIONS go to benchmarks/run_search.py, and
-# HOST_OPTIONS, MEMORY_OPTIONS, MODELS_OPTIONS, FUSED_OPTIONS and FUSEDMODELS_OPTIONS to their scripts. With two
+# HOST_OPTIONS, MEMORY_OPTIONS, MODELS_OPTIONS, FUSED_OPTIONS, FUSEDMODELS_OPTIONS and KERNELS_OPTIONS to their scripts. With two
 # GPUs, SEARCH_OPTIONS_1 are for a second run of it at the same time, on the second one; their tables become one.
 set -u -o pipefail
 cd "$(dirname "$0")/.."
@@ -133,6 +133,9 @@ for part in $parts; do
     fusedmodels)
         step fused_models "${FUSEDMODELS_SECONDS:-400}" "$PYTHON" benchmarks/fused_models.py ${FUSEDMODELS_OPTIONS:-}
         ;;
+    kernels)
+        step kernels "${KERNELS_SECONDS:-60}" "$PYTHON" benchmarks/kernels.py ${KERNELS_OPTIONS:-}
+        ;;
     *)
         echo "unknown part '$part', see the top of this script" >&2
         exit 2
@@ -140,7 +143,7 @@ for part in $parts; do
     esac
 done
 
-for table in gpu search l2_state host_cost memory models fused fused_models; do
+for table in gpu search l2_state host_cost memory models fused fused_models kernels; do
     [ -f "$OUT/$table.md" ] && sed -n '1,30p' "$OUT/$table.md"
 done
 echo "$passed passed, $failed failed" | tee -a "$OUT/summary.txt"

@@ -395,8 +395,9 @@ def test_parameters_and_buffers_are_the_models_own() -> None:
 
 
 @pytest.mark.parametrize("how", ["deepcopy", "pickle", "save"])
-def test_copies_compute_the_same_with_their_own_parameters(how: str, everywhere: bool) -> None:
-    _, fused, x = pair("bottleneck")
+@pytest.mark.parametrize("name", ["bottleneck", "densenet", "u-net-3d"])
+def test_copies_compute_the_same_with_their_own_parameters(name: str, how: str, runs: list[str]) -> None:
+    _, fused, x = pair(name)
     if how == "save":
         file = io.BytesIO()
         torch.save(fused, file)
@@ -408,7 +409,9 @@ def test_copies_compute_the_same_with_their_own_parameters(how: str, everywhere:
     right = step(fused, x)
     for one in fused.parameters():
         one.data.zero_()
+    before = len(runs)
     assert_same(step(other, x), right)
+    assert len(runs) == 2 * before > 0
 
 
 def test_state_goes_there_and_back() -> None:

@@ -195,6 +195,8 @@ class NormalizedCall:
         args = problem = None
         dims, strides = tuple(x.shape), x.stride()
         if weight is not None:
+            if type(weight) not in _PLAIN:
+                return None
             try:
                 args = geometry_of(conv).args(weight)
                 problem = forward_problem(x, weight, None, args)
@@ -270,7 +272,7 @@ def _is_normalized(norm: Any, x: Tensor, dims: tuple[int, ...]) -> bool:
     return (
         values > 1
         and dims[1] == norm.num_features > 0
-        and all(one is None or (one.dtype in kinds and one.device == x.device) for one in own)
+        and all(one is None or (type(one) in _PLAIN and one.dtype in kinds and one.device == x.device) for one in own)
     )
 
 
