@@ -57,6 +57,7 @@ if TYPE_CHECKING:
         conv_transpose3d,
     )
     from convplan.torch_ops.fuse import fuse
+    from convplan.torch_ops.fuse_training import fuse_training
     from convplan.torch_ops.kept import compile_options
     from convplan.torch_ops.override import disable, enable, enabled
 
@@ -98,6 +99,7 @@ _HOMES = {
         "conv_transpose3d",
     ),
     "convplan.torch_ops.fuse": ("fuse",),
+    "convplan.torch_ops.fuse_training": ("fuse_training",),
     "convplan.torch_ops.kept": ("compile_options",),
     "convplan.torch_ops.override": ("disable", "enable", "enabled"),
 }
@@ -153,6 +155,7 @@ __all__ = [
     "enabled",
     "export_plans",
     "fuse",
+    "fuse_training",
     "import_plans",
     "plan",
     "problem",

@@ -22,6 +22,7 @@ from torch.library import opcheck
 import convplan
 from convplan import Policy, SpecError
 from convplan._choices import state
+from convplan.torch_ops import fused, linear
 from convplan.torch_ops.activations import resolve
 
 pytestmark = [
@@ -432,3 +433,27 @@ def test_tuning_a_step_tunes_what_is_fused_and_its_gradients() -> None:
     assert [str(record.problem).partition(" ")[0] for record in records] == [
         "fprop+residual*0.75+bias+relu", "dgrad", "wgrad",
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("activation", [None, "relu", "tanh", ("elu", 0.5), "relu6", "silu"])
+def test_gradients_are_the_same_where_one_kernel_computes_what_is_behind(
+    activation: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[bool] = []
+
+    def has_kernels(grad: Tensor) -> bool:
+        asked.append(not torch.is_grad_enabled())
+        return asked[-1]
+
+    given = operands("conv2d")
+    tensors = tuple(given[name].requires_grad_() for name in ("x", "w", "bias", "residual"))
+    run = calling("conv2d", activation, ("bias", "residual"))
+    right = torch.autograd.grad(run(*tensors).square().sum(), tensors)
+    monkeypatch.setattr(fused, "has_kernels", has_kernels)
+    monkeypatch.setattr(linear, "has_kernels", has_kernels)
+    found = torch.autograd.grad(run(*tensors).square().sum(), tensors)
+    assert asked
+    assert all(asked)
+    torch.testing.assert_close(found, right, rtol=1e-12, atol=1e-12)
+    assert torch.autograd.gradgradcheck(run, tensors, fast_mode=True)
+    assert not all(asked)

@@ -33,24 +33,26 @@ TOLERANCES = {torch.float64: 1e-8, torch.float32: 1e-3, torch.float16: 2e-2, tor
 
 
 class FusionReport(NamedTuple):
-    """What `fuse` did: printed, a table.
+    """What `fuse` or `fuse_training` did: printed, a table.
 
     Args:
-        rows: for each convolution its name, what it took in, and what ended that.
+        rows: for each convolution, or batch norm, its name, what it took in, and what ended that.
         untraced: modules that could not be traced, with the reasons; what is in them was looked at part by part.
+        kind: what the rows are about.
     """
 
     rows: tuple[Fused, ...]
     untraced: Mapping[str, str]
+    kind: str = "convolution"
 
     @property
     def counts(self) -> dict[str, int]:
-        """How many convolutions took in each kind of thing."""
+        """How many of them took in each kind of thing."""
         parts = [part for row in self.rows for part in row.parts]
         return {part: parts.count(part) for part in dict.fromkeys(parts)}
 
     def __str__(self) -> str:
-        lines = [table({"convolution": "left", "fused": "left", "and then": "left"}, [
+        lines = [table({self.kind: "left", "fused": "left", "and then": "left"}, [
             (row.name, " + ".join(row.parts) or "-", row.ended or "-") for row in self.rows
         ])]  # fmt: skip
         lines += [f"not traced: {name or 'the model'}: {reason}" for name, reason in self.untraced.items()]
@@ -172,7 +174,7 @@ class _Walk:
         self.untraced: dict[str, str] = {}
         self.found_any = False
         self._model, self._policy = model, policy
-        self._recorded = tuple(_recorded(model))
+        self._recorded = tuple(recorded(model))
         self._done: dict[int, nn.Module] = {}
         uses: dict[int, int] = {}
         for _, one in model.named_parameters(remove_duplicate=False):
@@ -251,7 +253,7 @@ class _Walk:
         return "its weight or bias is shared with another module" if shared else ""
 
 
-def _recorded(model: nn.Module) -> Iterator[type]:
+def recorded(model: nn.Module) -> Iterator[type]:
     """Classes whose results a model of transformers collects by themselves, if asked for."""
     for one in model.modules():
         wanted = getattr(type(one), "_can_record_outputs", None)

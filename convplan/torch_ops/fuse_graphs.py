@@ -74,7 +74,7 @@ class Reader(fx.Tracer):
         return super().create_arg(a)
 
 
-class _Tracer(Reader):
+class Tracer(Reader):
     """Traces down to torch's own modules and to those that `keep` names, and remembers in which module it failed.
 
     Args:
@@ -88,9 +88,11 @@ class _Tracer(Reader):
         self.blamed: nn.Module | None = None
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        """Whether a module stays one call."""
         return self._keep(m) or patterns.computes_plainly(m) or super().is_leaf_module(m, module_qualified_name)
 
     def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """What stands for a module's result."""
         try:
             return super().call_module(m, forward, args, kwargs)
         except Exception:
@@ -98,6 +100,7 @@ class _Tracer(Reader):
             raise
 
     def yields_tensor(self, node: Node) -> bool:
+        """Whether a node yields a tensor for sure."""
         if node.op == "placeholder":
             if not self._is_model:
                 raise Untraceable(f"it asks what kind of thing {node.target!r} is")
@@ -107,6 +110,7 @@ class _Tracer(Reader):
         return type(self.root.get_submodule(str(node.target))).__module__.startswith("torch.nn.modules")
 
     def create_arg(self, a: Any) -> Any:
+        """What a node takes for an argument."""
         if issubclass(type(a), fx.Proxy):
             return a.node
         if isinstance(a, (dict, list)) and type(a) not in (dict, list, OrderedDict):
@@ -125,13 +129,16 @@ class Traced(NamedTuple):
     kept: dict[str, str]
 
 
-def traced(module: nn.Module, keep: Callable[[nn.Module], str], *, is_model: bool) -> Traced | str:
+def traced(
+    module: nn.Module, keep: Callable[[nn.Module], str], *, is_model: bool, kind: type[Tracer] = Tracer
+) -> Traced | str:
     """A module's graph, or why there is none.
 
     Args:
         module: in eval mode; it is left as it was.
         keep: why a module inside is to stay one call; empty where it need not.
         is_model: as of the tracer.
+        kind: of the tracer.
     """
     found = keep(module) or _asks_for_more(module)
     if found:
@@ -142,7 +149,7 @@ def traced(module: nn.Module, keep: Callable[[nn.Module], str], *, is_model: boo
         return type(one) in failed or bool(keep(one))
 
     while True:
-        tracer, before = _Tracer(stays, is_model), _state(module)
+        tracer, before = kind(stays, is_model), _state(module)
         blamed: nn.Module | None = None
         reason = ""
         try:
@@ -262,19 +269,19 @@ class Rewriting:
     def __init__(
         self, module: nn.Module, graph: Graph, barred: Callable[[nn.Module], str], policy: Policy | None
     ) -> None:
-        self._module, self._graph, self._policy, self._barred = module, graph, policy, barred
-        self._modules = dict(module.named_modules(remove_duplicate=False))
+        self._module, self.graph, self._policy, self._barred = module, graph, policy, barred
+        self.modules = dict(module.named_modules(remove_duplicate=False))
         self._uses: dict[int, int] = {}
         for node in graph.nodes:
             if node.op == "call_module":
-                one = id(self._modules[str(node.target)])
+                one = id(self.modules[str(node.target)])
                 self._uses[one] = self._uses.get(one, 0) + 1
 
     def run(self) -> list[Fused]:
         """Rewrite the graph, and say what became of each of its convolutions."""
-        self._pass_identities()
+        self.pass_identities()
         found = []
-        for node in list(self._graph.nodes):
+        for node in list(self.graph.nodes):
             module = self._convolution(node)
             if module is not None:
                 self._ask_before(node)
@@ -283,11 +290,11 @@ class Rewriting:
             elif patterns.functional_call(node) is not None:
                 self._ask_before(node)
                 found.append(self._fuse_call(node))
-        self._graph.lint()
+        self.graph.lint()
         return found
 
     def _convolution(self, node: Node) -> nn.Module | None:
-        module = self._modules.get(str(node.target)) if node.op == "call_module" else None
+        module = self.modules.get(str(node.target)) if node.op == "call_module" else None
         return module if isinstance(module, patterns.CONVOLUTIONS) else None
 
     def _entangled(self, node: Node, module: nn.Module) -> str:
@@ -295,10 +302,10 @@ class Rewriting:
         uses = self._uses[id(module)]
         if uses > 1:
             return f"is called {uses} times"
-        if patterns.called(node, self._modules) is None:
+        if patterns.called(node, self.modules) is None:
             return "is called with more than its input"
         target = str(node.target)
-        for other in self._graph.nodes:
+        for other in self.graph.nodes:
             if other.op == "call_module" and target.startswith(f"{other.target}."):
                 return f"belongs to {other.target}, which is called too"
             if other.op == "get_attr" and str(other.target).startswith(f"{target}."):
@@ -307,12 +314,13 @@ class Rewriting:
                     return f"its {str(other.target)[len(target) + 1 :]} is read elsewhere"
         return ""
 
-    def _pass_identities(self) -> None:
-        for node in list(self._graph.nodes):
-            module = patterns.called(node, self._modules)
+    def pass_identities(self) -> None:
+        """Take out what does nothing."""
+        for node in list(self.graph.nodes):
+            module = patterns.called(node, self.modules)
             if type(module) is nn.Identity and not patterns.is_touched(module):
                 node.replace_all_uses_with(node.args[0])
-                self._graph.erase_node(node)
+                self.graph.erase_node(node)
 
     def _ask_before(self, node: Node) -> None:
         """Questions about the number of dimensions and the device are asked of the input, which has the same ones."""
@@ -322,7 +330,7 @@ class Rewriting:
             for user in [user for user in source.users if user not in users]:
                 if node.args:
                     user.replace_input_with(source, node.args[0])  # type: ignore[arg-type]
-            norm = patterns.norm_of(users[0], self._modules, self._constant) if len(users) == 1 else ""
+            norm = patterns.norm_of(users[0], self.modules, self._constant) if len(users) == 1 else ""
             if source is not node or not isinstance(norm, Norm):
                 return
             source = users[0]
@@ -330,7 +338,7 @@ class Rewriting:
     # --- one convolution
 
     def _fuse(self, node: Node, module: Any) -> Fused:
-        chain, ended = self._longest(node, foldable=True)
+        chain, ended = self.longest(Chain((node,)), foldable=True)
         pair = None
         if chain.norm is not None:
             channels = chain.norm.mean.numel()
@@ -345,72 +353,77 @@ class Rewriting:
         target = str(node.target)
         owner, _, name = target.rpartition(".")
         setattr(self._module.get_submodule(owner), name, new)
-        self._modules[target] = new
-        self._replace(chain, target, node.args)
+        self.modules[target] = new
+        self.replace(chain, target, node.args)
         parts = (("bias",) if module.bias is not None else ()) + chain.names
         return Fused(target, parts, ended)
 
     def _fuse_call(self, node: Node) -> Fused:
         call = patterns.functional_call(node)
         assert call is not None
-        chain, ended = self._longest(node, foldable=False)
+        chain, ended = self.longest(Chain((node,)), foldable=False)
         name = f"call of {getattr(node.target, '__name__', node.target)} ({node.name})"
         if len(chain.nodes) == 1:
             return Fused(name, (), ended)
         new = FusedCall(call.geometry, chain.sum, chain.activation, self._policy)
         target = f"fused_{node.name}"
         self._module.add_module(target, new)
-        self._modules[target] = new
-        self._replace(chain, target, (call.x, call.weight, call.bias))
+        self.modules[target] = new
+        self.replace(chain, target, (call.x, call.weight, call.bias))
         return Fused(name, (("bias",) if call.bias is not None else ()) + chain.names, ended)
 
-    def _replace(self, chain: Chain, target: str, given: tuple[Any, ...]) -> None:
+    def replace(self, chain: Chain, target: str | Callable[..., Any], given: tuple[Any, ...]) -> None:
+        """Put the call of a module, by its path, or of a function where the chain ends."""
         last = chain.nodes[-1]
         operands = given if chain.residual is None else (*given, chain.residual)
-        with self._graph.inserting_before(last):
-            new = self._graph.call_module(target, operands)
+        with self.graph.inserting_before(last):
+            if isinstance(target, str):
+                new = self.graph.call_module(target, operands)
+            else:
+                new = self.graph.call_function(target, operands)
         new.meta.update(last.meta)
         last.replace_all_uses_with(new)
         for node in reversed(chain.nodes):
             sources = node.all_input_nodes
-            self._graph.erase_node(node)
+            self.graph.erase_node(node)
             for source in sources:
                 if source.op == "get_attr" and not source.users:
-                    self._graph.erase_node(source)
+                    self.graph.erase_node(source)
 
-    def _longest(self, node: Node, *, foldable: bool) -> tuple[Chain, str]:
-        """The longest chain that can be computed where it ends, and why it ends there."""
-        chains, ended = self._chains(node, foldable)
+    def longest(self, start: Chain, *, foldable: bool) -> tuple[Chain, str]:
+        """The longest chain with this start that can be computed where it ends, and why it ends there."""
+        chains, ended = self._chains(start, foldable)
         reason = ended
         for chain in reversed(chains):
-            hazard = self._written_between(chain)
+            hazard = self.written_between(chain)
             if not hazard:
                 return chain, reason
             reason = hazard
         return chains[0], reason
 
-    def _chains(self, node: Node, foldable: bool) -> tuple[list[Chain], str]:
+    def _chains(self, start: Chain, foldable: bool) -> tuple[list[Chain], str]:
         """All chains from a convolution, each longer than the one before, and what ends the last."""
-        chains = [Chain((node,))]
+        chains = [start]
         while True:
             chain = chains[-1]
             last = chain.nodes[-1]
             users = list(last.users)
             if len(users) != 1:
                 return chains, f"the result is used {len(users)} times"
-            found = self._longer(chain, users[0], foldable)
+            found = self.longer(chain, users[0], foldable)
             if isinstance(found, str):
                 return chains, found
             chains.append(found)
             if found.activation is not None:
                 return chains, ""
 
-    def _longer(self, chain: Chain, user: Node, foldable: bool) -> Chain | str:
+    def longer(self, chain: Chain, user: Node, foldable: bool) -> Chain | str:
+        """The chain with its only user; why not, where that cannot be taken in."""
         if user.op == "output":
             return ""
         last, reasons = chain.nodes[-1], []
         nodes = (*chain.nodes, user)
-        norm = patterns.norm_of(user, self._modules, self._constant)
+        norm = patterns.norm_of(user, self.modules, self._constant)
         if isinstance(norm, Norm):
             if len(chain.nodes) == 1 and foldable and user.all_input_nodes[0] is last:
                 return chain._replace(nodes=nodes, norm=norm, names=(*chain.names, "batch norm"))
@@ -424,16 +437,17 @@ class Rewriting:
                     nodes=nodes, sum=found[0], residual=found[1], names=(*chain.names, "add")
                 )
             reasons.append(found)
-        activation = patterns.activation_of(user, self._modules)
+        activation = patterns.activation_of(user, self.modules)
         if not isinstance(activation, str):
             return chain._replace(nodes=nodes, activation=activation, names=(*chain.names, activation.name))
-        return next(filter(None, [*reasons, activation]), f"then {self._named(user)}")
+        return next(filter(None, [*reasons, activation]), f"then {self.named(user)}")
 
-    def _named(self, node: Node) -> str:
+    def named(self, node: Node) -> str:
+        """A node, for people."""
         if node.op == "call_module":
-            if isinstance(self._modules[str(node.target)], (FusedCall, *patterns.CONVOLUTIONS)):
+            if isinstance(self.modules[str(node.target)], (FusedCall, *patterns.CONVOLUTIONS)):
                 return str(node.target)
-            return f"{type(self._modules[str(node.target)]).__name__} {node.target}"
+            return f"{type(self.modules[str(node.target)]).__name__} {node.target}"
         return getattr(node.target, "__name__", str(node.target))
 
     def _cannot_add(self, node: Node, sum: Sum, residual: Node) -> str:
@@ -441,20 +455,20 @@ class Rewriting:
         if not sum.in_place or sum.convolution_first:
             return ""
         others = [user for user in residual.users if user is not node]
-        before = set(_between(self._graph, None, node))
-        seen = any(user not in before or not patterns.is_fresh(user, self._modules) for user in others)
-        if seen or not patterns.is_fresh(residual, self._modules):
+        before = set(_between(self.graph, None, node))
+        seen = any(user not in before or not patterns.is_fresh(user, self.modules) for user in others)
+        if seen or not patterns.is_fresh(residual, self.modules):
             return f"the sum writes into {residual.target if residual.op == 'call_module' else residual.name}"
         return ""
 
-    def _written_between(self, chain: Chain) -> str:
+    def written_between(self, chain: Chain) -> str:
         """Computing all at the end must not see what is written between: only memory of their own may be."""
-        for node in _between(self._graph, chain.nodes[0], chain.nodes[-1]):
+        for node in _between(self.graph, chain.nodes[0], chain.nodes[-1]):
             if node in chain.nodes:
                 continue
-            for target in patterns.writes(node, self._modules):
-                if len(target.users) > 1 or not patterns.is_fresh(target, self._modules):
-                    return f"{self._named(node)}, which is computed before the end, may write into what is read"
+            for target in patterns.writes(node, self.modules):
+                if len(target.users) > 1 or not patterns.is_fresh(target, self.modules):
+                    return f"{self.named(node)}, which is computed before the end, may write into what is read"
         return ""
 
     def _constant(self, node: Any) -> Tensor | None:

@@ -139,8 +139,12 @@ def computes_plainly(module: nn.Module) -> bool:
     return kind is not None and all(getattr(type(module), n, None) is getattr(kind, n, None) for n in names)
 
 
-def why_not(conv: nn.Module) -> str:
-    """Why a convolution module is left as it is; empty where it is one to plan for."""
+def why_not(conv: nn.Module, *, trains: bool = False) -> str:
+    """Why a convolution module is left as it is; empty where it is one to plan for.
+
+    Args:
+        trains: it may be in training mode.
+    """
     if not computes_plainly(conv):
         return f"is a {type(conv).__name__}, which may compute anything"
     touched = is_touched(conv)
@@ -158,9 +162,7 @@ def why_not(conv: nn.Module) -> str:
         return "has parameters or buffers that convolutions do not have"
     if own.padding_mode != "zeros":
         return f"pads with {own.padding_mode!r}"
-    if own.training:
-        return "is in training mode"
-    return ""
+    return "is in training mode" if own.training and not trains else ""
 
 
 def called(node: Node, modules: Modules) -> nn.Module | None:
@@ -333,6 +335,8 @@ def writes(node: Node, modules: Modules) -> list[Node]:
         if module is not None and type(module).__module__.startswith("torch.nn.modules"):
             return first if getattr(module, "inplace", False) else []
         return [] if getattr(module, "writes_nothing", False) else inputs  # somebody's own module may do anything
+    if getattr(node.target, "writes_nothing", False):
+        return []
     if node.op == "call_method":
         name = str(node.target)
         return first if name.endswith("_") and not name.endswith("__") else []
@@ -358,7 +362,11 @@ def is_fresh(node: Node, modules: Modules) -> bool:
         module = modules.get(str(node.target))
         known = type(module) in _FRESH or getattr(module, "writes_nothing", False)
     else:
-        known = node.op == "call_function" and (node.target in _FRESH_FUNCTIONS or node.target in _FUNCTIONS)
+        known = node.op == "call_function" and (
+            getattr(node.target, "writes_nothing", False)
+            or node.target in _FRESH_FUNCTIONS
+            or node.target in _FUNCTIONS
+        )
     if not known:
         return False
     return all(len(target.users) == 1 and is_fresh(target, modules) for target in written)

@@ -9,8 +9,8 @@ What is fused, and what is not:
                              elu with numbers >= 0, relu6, hardtanh, sigmoid, tanh. For the others (clamp, gelu,
                              gelu_tanh, silu, hardswish, softplus) one plan for all but the activation, which torch runs
     scale asks for one       the convolution alone, by its plan; torch's elementwise operations do the rest
-    backward                 dgrad and wgrad by their plans; the activation's derivative, the scale and the sums for
-                             bias and residual are torch's elementwise operations, before them
+    backward                 dgrad and wgrad by their plans; before them the activation's derivative and the sums for
+                             bias, in one pass on a GPU, and the scale and the residual's by torch
 
 Tensors without memory of their own (inside `torch.vmap`), other devices than CPU and CUDA, and the few transposed
 convolutions that no `Problem` describes: torch's own convolution and elementwise operations.
@@ -31,6 +31,7 @@ from convplan._plan import shares_memory
 from convplan._policy import Policy
 from convplan._problem import Problem
 from convplan._runtime import in_graph_capture, local
+from convplan.kernels import activation_backward
 from convplan.torch_ops.activations import NONE, Activation, Resolved, follow, resolve, scale_channels, times
 from convplan.torch_ops.adapter import ALIGNMENT_BYTES, ConvArgs, NotExpressible
 from convplan.torch_ops.arguments import (
@@ -55,7 +56,7 @@ from convplan.torch_ops.fused_plan import (
     fused_problem,
 )
 from convplan.torch_ops.library import result_dims
-from convplan.torch_ops.linear import Geometry, Linear, bias_gradient, gradients
+from convplan.torch_ops.linear import Geometry, Linear, bias_gradient, gradients, has_kernels
 from convplan.torch_ops.seen import live_flags
 from convplan.torch_ops.traced import traced_fused
 
@@ -375,9 +376,17 @@ class Fused(torch.autograd.Function):
         step: _Step = ctx.step
         input, weight, scale, y = ctx.saved_tensors
         need_input, need_weight, need_bias, need_residual = ctx.needs_input_grad[1:5]
-        grad = grads[0] if y is None else step.activation.gradient(grads[0], y)
+        grad, to_bias = _behind(step.activation, grads[0], y, need_bias)
         scaled = grad if scale is None else scale_channels(grad, scale)
         to_input, to_weight = gradients(step.op, input, weight, scaled, step.geometry, (need_input, need_weight))
-        to_bias = bias_gradient(grad) if need_bias else None
         to_residual = times(grad, step.alpha) if need_residual else None
         return None, to_input, to_weight, to_bias, to_residual, None
+
+
+def _behind(activation: Resolved, grad: Tensor, y: Tensor | None, bias: bool) -> tuple[Tensor, Tensor | None]:
+    """The gradient behind an activation, and a bias's: in one pass over memory where there is a kernel for it."""
+    if y is not None and has_kernels(grad) and y.stride() == grad.stride():
+        grad, sums = activation_backward(grad, y, activation.name, activation.parameters, from_output=True, bias=bias)
+        return grad, None if sums is None else sums.to(grad.dtype)
+    grad = grad if y is None else activation.gradient(grad, y)
+    return grad, bias_gradient(grad) if bias else None

@@ -7,7 +7,7 @@ both inputs, and the gradient of each is made of the other two (`Linear`). `func
 from __future__ import annotations
 
 import weakref
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -21,6 +21,7 @@ from convplan._runtime import Runner, check_policy, local
 from convplan.engines._support import deliver, empty
 from convplan.engines.aten import AtenEngine
 from convplan.engines.base import EngineConfig, Run
+from convplan.kernels import activation_backward
 from convplan.torch_ops.adapter import ALIGNMENT_BYTES, ConvArgs, check_same_place, output_spec, spec_of
 from convplan.torch_ops.override import NO_GRADIENTS, note_fallback
 from convplan.torch_ops.seen import live_flags
@@ -213,4 +214,20 @@ def gradients(
 
 def bias_gradient(grad: Tensor) -> Tensor:
     """The gradient of a bias: what comes in, summed for each output channel."""
+    if has_kernels(grad):
+        return cast(Tensor, activation_backward(grad, None, "none", from_output=True, bias=True)[1]).to(grad.dtype)
     return grad.sum([0, *range(2, grad.dim())])
+
+
+_LAYOUTS = {4: torch.channels_last, 5: torch.channels_last_3d}
+
+
+def has_kernels(grad: Tensor) -> bool:
+    """Whether a gradient that no other one will be asked of is what `convplan.kernels` computes in one pass."""
+    return (
+        grad.is_cuda
+        and not torch.is_grad_enabled()
+        and grad.dtype != torch.float64
+        and grad.dim() in _LAYOUTS
+        and grad.is_contiguous(memory_format=_LAYOUTS[grad.dim()])
+    )
