@@ -242,6 +242,24 @@ def test_all_of_a_bottleneck_is_the_operations(runs: list[str]) -> None:
     assert runs == [*block, "conv add relu", *block, "conv none", "conv add relu"]
 
 
+def test_plans_write_the_statistics_of_channels_last_results_along(runs: list[str]) -> None:
+    model, fused, x = pair("bottleneck", torch.float32)
+    right = step(copy.deepcopy(model).double(), x.double())
+    for one in (model, fused):
+        one.to(memory_format=torch.channels_last)
+    x = x.contiguous(memory_format=torch.channels_last)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        stock = step(model, x)
+        with convplan.capture() as seen:
+            found = step(fused, x)
+    asked = [problem.epilogue.statistics for problem in seen if problem.op == "fprop"]
+    assert asked
+    assert all(asked)
+    for key, value in right.items():
+        size, off, allowed = (float(one.double().norm()) for one in (value, found[key] - value, stock[key] - value))
+        assert off <= 1.5 * allowed + 2e-2 * size + 1e-6, (key, off, allowed, size)
+
+
 @pytest.mark.parametrize("name", ["bottleneck", "efficientnet", "silu-after-sum", "no-running-statistics"])
 def test_gradients_of_both_orders_are_right(name: str, everywhere: bool) -> None:
     _, fused, x = pair(name)

@@ -52,7 +52,7 @@ class Step:
         """The convolution's result, and its sums where a plan writes them along."""
         if self._asks:
             stride, padding, dilation, _, _, groups = cast(ConvArgs, self._args)
-            found = convolution_with_statistics(x, weight, stride, padding, dilation, groups, self._policy)
+            found = convolution_with_statistics(x, weight, stride, padding, dilation, groups, self._policy, needs)
             if found is not None:
                 return found
         return cast(Geometry, self.geometry).run(self.op, x, weight, None, needs), None
