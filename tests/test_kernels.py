@@ -12,7 +12,7 @@ import os
 import platform
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -195,6 +195,65 @@ def test_kernels_compile_for_an_absent_gpu_and_read_16_bytes_a_thread(tmp_path: 
         if not name.startswith(("sums", "moments", "finish")):
             assert counts["st wide"] >= 2, name
         assert counts["shared_bytes"] <= 48 * 1024
+
+
+class Asked:
+    """Stands in for a kernel of Triton: notes how it is called, and has a compiled one."""
+
+    def __init__(self) -> None:
+        self.compiled: list[Any] = []
+        self.launched: list[Any] = []
+        self.function, self.packed_metadata = "function", "packed"
+
+    def __getitem__(self, grid: tuple[int, int]) -> Any:
+        def call(*arguments: Any, num_warps: int) -> Asked:
+            self.compiled.append((grid, num_warps, *arguments))
+            return self
+
+        return call
+
+    def run(self, *given: Any) -> None:
+        self.launched.append(given)
+
+
+class On(NamedTuple):
+    """Stands in for a tensor on a GPU."""
+
+    address: int
+    index: int = 0
+    dtype: torch.dtype = torch.float16
+
+    def get_device(self) -> int:
+        return self.index
+
+    def data_ptr(self) -> int:
+        return self.address
+
+
+def test_what_is_compiled_is_launched_again_for_the_same_kinds_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    ready = pytest.importorskip("convplan.kernels.ready")
+    monkeypatch.setattr(ready, "_ready", {})
+    monkeypatch.setattr(ready, "_current_device", lambda: 0)
+    monkeypatch.setattr(ready, "_raw_stream", lambda index: 77)
+    kernel, cut = Asked(), choices.passing(100, 64)
+    across, down = cut.grid
+    ready.launch(kernel, cut, On(256), None, 3, "relu")
+    assert (len(kernel.compiled), kernel.launched) == (1, [])
+    ready.launch(kernel, cut, On(512), None, 3, "relu")
+    told = (across, down, 1, 77, "function", "packed", None, None, None)
+    assert (len(kernel.compiled), kernel.launched) == (1, [(*told, 512, None, 3, "relu")])
+    others = [
+        (On(512, dtype=torch.bfloat16), None, 3, "relu"), (On(512), On(512), 3, "relu"), (On(512), None, 4, "relu"),
+        (On(512), None, 3, "none"), (On(520), None, 3, "relu"),
+    ]  # fmt: skip
+    for number, arguments in enumerate(others):
+        ready.launch(kernel, cut, *arguments)
+        assert len(kernel.compiled) == number + 2
+    ready.launch(kernel, cut, *others[-1])  # at an odd address, it is Triton's to know what to do, each time
+    assert len(kernel.compiled) == len(others) + 2
+    monkeypatch.setattr(ready, "MOST_READY", 1)
+    ready.launch(kernel, cut, On(512), None, 9, "relu")
+    assert len(ready._ready) == 1
 
 
 def test_importing_the_package_imports_no_triton() -> None:

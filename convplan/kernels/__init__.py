@@ -5,10 +5,10 @@
     normalize_backward    its gradients: two passes
     activation_backward   the gradient behind an activation, and the bias's: one pass
 
-On a CUDA device these are Triton's kernels (`sources`, `pointwise`; how they are called: `launches`; how the work is
-cut: `choices`) wherever a tensor (N, K, spatial...) is dense channels-last, which makes it a row-major matrix of K
-columns; everywhere else, and for float64, torch's operations (`composed`). Both sum in a fixed order: the same bits in
-every run. Nothing here records gradients or finds plans; this package knows no convolutions.
+On a CUDA device these are Triton's kernels (`sources`, `pointwise`; how they are called: `launches`, `ready`; how the
+work is cut: `choices`) wherever a tensor (N, K, spatial...) is dense channels-last, which makes it a row-major matrix
+of K columns; everywhere else, and for float64, torch's operations (`composed`). Both sum in a fixed order: the same
+bits in every run. Nothing here records gradients or finds plans; this package knows no convolutions.
 
 Sums and statistics are float32, those of float64 tensors float64. Activations are those of `convplan._epilogue`, with
 all their parameters, and `hardtanh`: a clamp whose derivative is 0 on its bounds, as torch's modules have it.

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from convplan.kernels import choices, sources
+from convplan.kernels.ready import launch
 
 if TYPE_CHECKING:
     from convplan.kernels import Norm
@@ -157,12 +158,7 @@ def _two(parameters: Parameters) -> Parameters:
 
 
 def _launch(kernel: Any, cut: choices.Cut, *arguments: Any) -> None:
-    device = arguments[0].device
     try:
-        if device.type == "cuda" and device.index != torch.cuda.current_device():
-            with torch.cuda.device(device):  # Triton launches on the current one
-                kernel[cut.grid](*arguments, num_warps=cut.warps)
-        else:
-            kernel[cut.grid](*arguments, num_warps=cut.warps)
+        launch(kernel, cut, *arguments)
     except Exception as error:  # of the compiler, of ptxas, of the driver: each has its own
         raise Unusable(f"{kernel.__name__}: {type(error).__name__}: {error}") from error

@@ -26,7 +26,7 @@ Tensor = torch.Tensor
 
 # Name, policy, and what at least is fused and runs as the operation.
 MODELS: tuple[tuple[str, Policy, dict[str, int], int], ...] = (
-    ("bottlenecks", QUICK, {"convolution": 8, "relu": 7, "add": 2}, 8),
+    ("bottlenecks", QUICK, {"convolution": 8, "relu": 6, "add": 2}, 8),
     ("resnet18", QUICK, {"convolution": 20, "relu": 17, "add": 8}, 20),
     ("resnet50", QUICKER, {"convolution": 53, "relu": 49, "add": 16}, 53),
     ("mobilenet_v3_large", QUICKER, {"convolution": 46, "hardswish": 20, "add": 10}, 46),
@@ -153,7 +153,7 @@ def test_a_step_in_a_cuda_graph_is_the_eager_one() -> None:
             one.grad = None
         y = fused(x)
         y.float().square().mean().backward()
-        return y
+        return y.detach()  # what is kept of a graph keeps the stream that its gradients were asked for on
 
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())

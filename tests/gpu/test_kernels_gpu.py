@@ -116,6 +116,32 @@ def test_the_current_stream_is_the_one_that_runs_them() -> None:
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one CUDA device")
+def test_a_second_call_does_not_ask_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    from convplan.kernels import ready, sources
+
+    y = torch.randn(4, 32, 9, 9, device="cuda").half().to(memory_format=torch.channels_last)
+    first = kernels.normalize(y, None, Norm(), None, "relu")
+    asked: list[str] = []
+    for name in ("sums", "moments", "normalize", "finish"):
+        kernel = getattr(sources, name)
+        monkeypatch.setattr(kernel, "run", lambda *given, _name=name, **more: asked.append(_name))
+    second = kernels.normalize(y, None, Norm(), None, "relu")
+    assert asked == []
+    assert all(torch.equal(one, other) for one, other in zip(first, second, strict=True))
+    monkeypatch.setattr(ready._runtime.launch_enter_hook, "calls", [lambda told: None])
+    kernels.normalize(y, None, Norm(), None, "relu")
+    assert "normalize" in asked  # whoever listens to Triton's launches is told
+
+
+def test_tensors_at_odd_addresses() -> None:
+    numbers = torch.randn(1 + 4 * 32 * 81, device="cuda").half()
+    dims, strides = (4, 32, 9, 9), (32 * 81, 1, 9 * 32, 32)
+    aligned = numbers[1:].clone().as_strided(dims, strides)
+    for _ in range(2):
+        right, given = kernels.column_sums(aligned), kernels.column_sums(numbers.as_strided(dims, strides, 1))
+        assert torch.equal(right, given)
+
+
 def test_tensors_on_a_device_that_is_not_the_current_one() -> None:
     case = Case((4, 24, 6, 6), torch.float16, "relu", True)
     assert torch.cuda.current_device() == 0
