@@ -43,6 +43,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("convplan.runtime")
 
 MOST_SEEN = 4_096  # weights
+MOST_OF_ONE_SIZE = 4  # calls that differ in something else
 
 
 class _Anchor:
@@ -68,12 +69,23 @@ class Local(threading.local):
         # The dispatcher's side keeps its last call of each weight here, by the weight's address.
         self.forwards: dict[int, Any] = {}
         self.backwards: dict[int, Any] = {}
+        # And some by the sizes of input and weight, for weights that are somewhere else in every step.
+        self.forward_sizes: dict[Any, list[Any]] = {}
+        self.backward_sizes: dict[Any, list[Any]] = {}
 
     def keep_seen(self, table: dict[int, Any], address: int, seen: Any) -> None:
         """Keep a call in one of the tables, which never hold more than a small cache does."""
         if len(table) >= MOST_SEEN:
             table.clear()
         table[address] = seen
+
+    def keep_by_size(self, table: dict[Any, list[Any]], sizes: Hashable, seen: Any) -> None:
+        """The same with a table by sizes, where a few may have the same."""
+        if len(table) >= MOST_SEEN:
+            table.clear()
+        kept = table.setdefault(sizes, [])
+        kept.insert(0, seen)
+        del kept[MOST_OF_ONE_SIZE:]
 
     def remember(self, key: Hashable, token: int, caller: Callable[..., Any], device: int) -> None:
         """Keep a caller; those of an earlier token (another policy, other engines) are dropped first.
@@ -92,8 +104,8 @@ class Local(threading.local):
             self._forget_seen()
 
     def _forget_seen(self) -> None:
-        self.forwards.clear()
-        self.backwards.clear()
+        for table in (self.forwards, self.backwards, self.forward_sizes, self.backward_sizes):
+            table.clear()
 
 
 def in_graph_capture(device: int) -> bool:

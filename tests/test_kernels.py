@@ -237,14 +237,15 @@ def test_what_is_compiled_is_launched_again_for_the_same_kinds_alone(monkeypatch
     monkeypatch.setattr(ready, "_raw_stream", lambda index: 77)
     kernel, cut = Asked(), choices.passing(100, 64)
     across, down = cut.grid
-    ready.launch(kernel, cut, On(256), None, 3, "relu")
+    numbers = (3, "relu")
+    ready.launch(kernel, cut, (On(256), None), numbers)
     assert (len(kernel.compiled), kernel.launched) == (1, [])
-    ready.launch(kernel, cut, On(512), None, 3, "relu")
+    ready.launch(kernel, cut, (On(512), None), numbers)
     told = (across, down, 1, 77, "function", "packed", None, None, None)
     assert (len(kernel.compiled), kernel.launched) == (1, [(*told, 512, None, 3, "relu")])
     others = [
-        (On(512, dtype=torch.bfloat16), None, 3, "relu"), (On(512), On(512), 3, "relu"), (On(512), None, 4, "relu"),
-        (On(512), None, 3, "none"), (On(520), None, 3, "relu"),
+        ((On(512, dtype=torch.bfloat16), None), numbers), ((On(512), On(512)), numbers), ((On(512), None), (4, "relu")),
+        ((On(512), None), (3, "none")), ((On(520), None), numbers),
     ]  # fmt: skip
     for number, arguments in enumerate(others):
         ready.launch(kernel, cut, *arguments)
@@ -252,7 +253,7 @@ def test_what_is_compiled_is_launched_again_for_the_same_kinds_alone(monkeypatch
     ready.launch(kernel, cut, *others[-1])  # at an odd address, it is Triton's to know what to do, each time
     assert len(kernel.compiled) == len(others) + 2
     monkeypatch.setattr(ready, "MOST_READY", 1)
-    ready.launch(kernel, cut, On(512), None, 9, "relu")
+    ready.launch(kernel, cut, (On(512), None), (9, "relu"))
     assert len(ready._ready) == 1
 
 

@@ -5,6 +5,7 @@ The device may also be Triton's interpreter, which is how these run without a GP
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,6 +20,11 @@ Tensor = torch.Tensor
 Parameters = tuple[float, ...]
 
 
+# As torch's own compiled code allocates on the current GPU; None where torch has no such function.
+_allocate: Callable[..., Tensor] | None = getattr(torch._C._dynamo.guards, "_empty_strided_cuda", None)
+_current_device: Callable[[], int] = getattr(torch._C, "_cuda_getDevice", lambda: -2)  # no tensor's device
+
+
 class Unusable(Exception):
     """Triton did not launch a kernel: its message says why. Nothing has been written that anyone reads."""
 
@@ -31,9 +37,8 @@ def column_sums(y: Tensor, out: Tensor | None) -> Tensor:
     height = cut.grid[1]
     partials = target if height == 1 else _floats(y, height, 2, columns)
     align = choices.alignment(columns)
-    _launch(
-        sources.sums, cut, y, partials, rows, columns // align, cut.rows_each, align, cut.block_rows, cut.block_columns
-    )
+    numbers = (rows, columns // align, cut.rows_each, align, cut.block_rows, cut.block_columns)
+    _launch(sources.sums, cut, (y, partials), numbers)
     if height > 1:
         _finish(partials, target, rows, cut.rows_each, False)
     return target
@@ -52,17 +57,19 @@ def normalize(
         cut, kind = choices.reducing(rows, columns), "moments"
         count, rows_of_count = cut.grid[1], cut.rows_each
         given = _floats(y, count, 2, columns)
-        _launch(sources.moments, cut, y, given, rows, units, cut.rows_each, align, cut.block_rows, cut.block_columns)
+        numbers = (rows, units, cut.rows_each, align, cut.block_rows, cut.block_columns)
+        _launch(sources.moments, cut, (y, given), numbers)
         if count == 1 or count > choices.FEW_PARTIALS:
             partials, given = given, _floats(y, 2, columns)
             _finish(partials, given, rows, rows_of_count, True)
             count = 1
-    out, saved = torch.empty_like(y), _floats(y, 2, columns)
+    out, saved = _like(y), _floats(y, 2, columns)
     cut = choices.passing(rows, columns, count)
     _launch(
-        sources.normalize, cut, y, residual, out, given, norm.weight, norm.bias, norm.running_mean, norm.running_var,
-        saved, float(norm.momentum), float(norm.eps), rows, units, cut.rows_each, count, rows_of_count,
-        kind, activation, *_two(parameters), align, choices.power_of_two(count), cut.block_rows, cut.block_columns,
+        sources.normalize, cut,
+        (y, residual, out, given, norm.weight, norm.bias, norm.running_mean, norm.running_var, saved),
+        (float(norm.momentum), float(norm.eps), rows, units, cut.rows_each, count, rows_of_count, kind, activation,
+         *_two(parameters), align, choices.power_of_two(count), cut.block_rows, cut.block_columns),
     )  # fmt: skip
     return out, saved
 
@@ -82,15 +89,15 @@ def normalize_backward(
     rows, columns = _matrix(y)
     align = choices.alignment(columns)
     units, numbers = columns // align, _two(parameters)
-    g = None if other is None or activation == "none" else torch.empty_like(y)
+    g = None if other is None or activation == "none" else _like(y)
     cut = choices.reducing(rows, columns)
     count = cut.grid[1]
     totals = _floats(y, 2, columns)
     partials = totals if count == 1 else _floats(y, count, 2, columns)
     _launch(
-        sources.backward_sums, cut, grad, y, None if activation == "none" else other, saved, norm.weight, norm.bias, g,
-        partials, rows, units, cut.rows_each, from_output, activation, *numbers, align, cut.block_rows,
-        cut.block_columns,
+        sources.backward_sums, cut,
+        (grad, y, None if activation == "none" else other, saved, norm.weight, norm.bias, g, partials),
+        (rows, units, cut.rows_each, from_output, activation, *numbers, align, cut.block_rows, cut.block_columns),
     )  # fmt: skip
     if count > 1 and (count > choices.FEW_PARTIALS or not wants_y):
         _finish(partials, totals, rows, cut.rows_each, False)
@@ -98,12 +105,12 @@ def normalize_backward(
     behind = grad if g is None else g
     if not wants_y:
         return None, behind, totals
-    grad_y = torch.empty_like(y)
+    grad_y = _like(y)
     cut = choices.passing(rows, columns, count)
     _launch(
-        sources.backward_input, cut, behind, y, saved, norm.weight, norm.bias, partials, totals, grad_y, rows, units,
-        cut.rows_each, count, activation if g is None else "none", *numbers, align, choices.power_of_two(count),
-        cut.block_rows, cut.block_columns,
+        sources.backward_input, cut, (behind, y, saved, norm.weight, norm.bias, partials, totals, grad_y),
+        (rows, units, cut.rows_each, count, activation if g is None else "none", *numbers, align,
+         choices.power_of_two(count), cut.block_rows, cut.block_columns),
     )  # fmt: skip
     return grad_y, behind, totals
 
@@ -115,15 +122,15 @@ def activation_backward(
     rows, columns = _matrix(grad)
     align = choices.alignment(columns)
     nothing = activation == "none"
-    g = grad if nothing else torch.empty_like(grad)
+    g = grad if nothing else _like(grad)
     if nothing and not bias:
         return g, None
     cut = choices.reducing(rows, columns) if bias else choices.passing(rows, columns)
     partials = _floats(grad, cut.grid[1], 2, columns) if bias else None
     _launch(
-        sources.activation_backward, cut, grad, None if nothing else other, None if nothing else g, partials, rows,
-        columns // align, cut.rows_each, from_output, activation, *_two(parameters), align, cut.block_rows,
-        cut.block_columns,
+        sources.activation_backward, cut, (grad, None if nothing else other, None if nothing else g, partials),
+        (rows, columns // align, cut.rows_each, from_output, activation, *_two(parameters), align, cut.block_rows,
+         cut.block_columns),
     )  # fmt: skip
     if partials is None:
         return g, None
@@ -137,10 +144,8 @@ def activation_backward(
 def _finish(partials: Tensor, out: Tensor, rows: int, rows_each: int, are_moments: bool) -> None:
     count, columns = partials.shape[0], partials.shape[-1]
     cut, align = choices.finishing(count, columns), choices.alignment(columns)
-    _launch(
-        sources.finish, cut, partials, out, rows, rows_each, count, columns // align, are_moments, align,
-        cut.block_rows, cut.block_columns,
-    )  # fmt: skip
+    numbers = (rows, rows_each, count, columns // align, are_moments, align, cut.block_rows, cut.block_columns)
+    _launch(sources.finish, cut, (partials, out), numbers)
 
 
 def _matrix(y: Tensor) -> tuple[int, int]:
@@ -150,15 +155,25 @@ def _matrix(y: Tensor) -> tuple[int, int]:
 
 
 def _floats(y: Tensor, *dims: int) -> Tensor:
+    if _allocate is not None and y.get_device() == _current_device():
+        strides = (dims[1], 1) if len(dims) == 2 else (dims[1] * dims[2], dims[2], 1)
+        return _allocate(dims, strides, torch.float32)
     return torch.empty(dims, dtype=torch.float32, device=y.device)
+
+
+def _like(y: Tensor) -> Tensor:
+    """Memory for what lies as `y` does, which is dense."""
+    if _allocate is not None and y.get_device() == _current_device():
+        return _allocate(y.shape, y.stride(), y.dtype)
+    return torch.empty_like(y)
 
 
 def _two(parameters: Parameters) -> Parameters:
     return (*parameters, 0.0, 0.0)[:2]
 
 
-def _launch(kernel: Any, cut: choices.Cut, *arguments: Any) -> None:
+def _launch(kernel: Any, cut: choices.Cut, tensors: tuple[Any, ...], numbers: tuple[Any, ...]) -> None:
     try:
-        launch(kernel, cut, *arguments)
+        launch(kernel, cut, tensors, numbers)
     except Exception as error:  # of the compiler, of ptxas, of the driver: each has its own
         raise Unusable(f"{kernel.__name__}: {type(error).__name__}: {error}") from error

@@ -9,7 +9,6 @@ and so does everything while somebody listens to Triton's launches, as profilers
 from __future__ import annotations
 
 from collections.abc import Callable
-from types import NoneType
 from typing import Any
 
 import torch
@@ -19,7 +18,6 @@ from convplan.kernels.choices import Cut
 
 MOST_READY = 8192  # calls that are remembered; one model's training has some hundreds
 UNALIGNED = 15  # bits of an address
-_NUMBERS = (int, float, bool, str, NoneType)
 _current_device: Callable[[], int] = getattr(torch._C, "_cuda_getDevice", lambda: -1)
 _raw_stream: Callable[[int], int] = getattr(torch._C, "_cuda_getCurrentRawStream", lambda index: 0)
 _runtime = triton.knobs.runtime
@@ -27,41 +25,34 @@ _runtime = triton.knobs.runtime
 _ready: dict[tuple[Any, ...], tuple[Callable[..., None], Any, Any]] = {}
 
 
-def launch(kernel: Any, cut: Cut, *arguments: Any) -> None:
-    """Run a kernel on the current stream of its first argument's device.
+def launch(kernel: Any, cut: Cut, tensors: tuple[Any, ...], numbers: tuple[Any, ...]) -> None:
+    """Run a kernel on the current stream of its first tensor's device.
 
     Args:
         kernel: a function of `triton.jit`.
         cut: says how many programs there are.
-        arguments: all of the kernel's, in order: tensors, numbers, names, None.
+        tensors: its first arguments, each a tensor or None.
+        numbers: the rest of them, constants of the compiler too.
 
     Raises:
         Exception: whatever Triton, its compiler or the driver raises.
     """
-    index = arguments[0].get_device()
-    kinds: list[Any] = [kernel, index, cut.warps]
-    values: list[Any] = []
-    addresses = 0
-    for one in arguments:
-        if type(one) in _NUMBERS:
-            kinds.append(one)
-            values.append(one)
-        else:
-            kinds.append(one.dtype)
-            values.append(address := one.data_ptr())
-            addresses |= address
-    key, (across, down) = tuple(kinds), cut.grid
-    known = _ready.get(key)
-    if known is not None and not addresses & UNALIGNED and _current_device() == index and not _is_listened():
+    index = tensors[0].get_device()
+    addresses = [None if one is None else one.data_ptr() for one in tensors]
+    key = (kernel, index, cut.warps, numbers, *[None if one is None else one.dtype for one in tensors])
+    aligned = not any(one & UNALIGNED for one in addresses if one is not None)
+    known = _ready.get(key) if aligned else None
+    if known is not None and _current_device() == index and not _is_listened():
         run, function, packed = known
-        run(across, down, 1, _raw_stream(index), function, packed, None, None, None, *values)
+        across, down = cut.grid
+        run(across, down, 1, _raw_stream(index), function, packed, None, None, None, *addresses, *numbers)
         return
     if index >= 0 and index != _current_device():
         with torch.cuda.device(index):  # Triton launches on the current one
-            compiled = kernel[cut.grid](*arguments, num_warps=cut.warps)
+            compiled = kernel[cut.grid](*tensors, *numbers, num_warps=cut.warps)
     else:
-        compiled = kernel[cut.grid](*arguments, num_warps=cut.warps)
-    if index >= 0 and compiled is not None and not addresses & UNALIGNED:
+        compiled = kernel[cut.grid](*tensors, *numbers, num_warps=cut.warps)
+    if index >= 0 and compiled is not None and aligned:
         if len(_ready) >= MOST_READY:
             _ready.clear()
         _ready[key] = (compiled.run, compiled.function, compiled.packed_metadata)

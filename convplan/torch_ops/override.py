@@ -64,11 +64,13 @@ _library: torch.library.Library | None = None
 @undisturbed
 def _forward(x: Tensor, w: Tensor, bias: Tensor | None, *rest: Any) -> Tensor:
     """`aten::convolution`; the rest: stride, padding, dilation, transposed, output_padding, groups."""
-    seen = local.forwards.get(w.data_ptr())
+    address = w.data_ptr()
+    seen = local.forwards.get(address)
     while seen is not None:
         if (
             seen.token == state.token
             and (seen.same(x, w) if bias is None else seen.same_biased(x, w, bias))
+            and address & 31 == seen.w_low
             and x.data_ptr() & 31 == seen.x_low
             and rest == seen.rest
             and (
@@ -86,6 +88,16 @@ def _forward(x: Tensor, w: Tensor, bias: Tensor | None, *rest: Any) -> Tensor:
                 found = seen.failed(exc, x, w, bias)
             return found
         seen = seen.other
+    sizes = x.shape, w.shape
+    for moved in local.forward_sizes.get(sizes, ()):
+        if rest == moved.rest and moved.is_like((x.data_ptr() & 31, address & 31), (x, w), bias):
+            local.keep_seen(local.forwards, address, moved)
+            moved.hits[0] += 1
+            try:
+                found = moved.run(x, w, bias, None)
+            except Exception as exc:
+                found = moved.failed(exc, x, w, bias)
+            return found
     stride, padding, dilation, transposed, output_padding, groups = rest
     token, device = state.token, x.get_device()
     flags = live_flags(device, x.dtype)
@@ -103,8 +115,10 @@ def _forward(x: Tensor, w: Tensor, bias: Tensor | None, *rest: Any) -> Tensor:
             callers.move_to_end(key)
         elif type(caller) is not _Watching:
             run, failed = getattr(caller, "bare", None) or (_with_out(caller), _raised)
-            seen = Seen(token, (x, w), bias, rest, flags, run=run, failed=failed, x_low=x.data_ptr() & 31)
-            seen.keep(local.forwards, w.data_ptr())
+            parts = {"run": run, "failed": failed, "x_low": x.data_ptr() & 31, "w_low": address & 31}
+            seen = Seen(token, (x, w), bias, rest, flags, **parts)
+            seen.keep(local.forwards, address)
+            local.keep_by_size(local.forward_sizes, sizes, seen)
     else:
         args = (list(stride), list(padding), list(dilation), transposed, list(output_padding), groups)
         caller = _new_forward(x, w, bias, args)
@@ -118,11 +132,13 @@ def _forward(x: Tensor, w: Tensor, bias: Tensor | None, *rest: Any) -> Tensor:
 @undisturbed
 def _backward(dy: Tensor, x: Tensor, w: Tensor, *rest: Any) -> Gradients:
     """`aten::convolution_backward`; the rest: the bias's sizes, what `_forward` has, and which gradients are wanted."""
-    seen = local.backwards.get(w.data_ptr())
+    address = w.data_ptr()
+    seen = local.backwards.get(address)
     while seen is not None:
         if (
             seen.token == state.token
             and seen.same(dy, x, w)
+            and address & 31 == seen.w_low
             and dy.data_ptr() & 31 == seen.dy_low
             and x.data_ptr() & 31 == seen.x_low
             and rest == seen.rest
@@ -138,6 +154,13 @@ def _backward(dy: Tensor, x: Tensor, w: Tensor, *rest: Any) -> Gradients:
             found: Gradients = seen.caller(dy, x, w)
             return found
         seen = seen.other
+    sizes = x.shape, w.shape
+    for moved in local.backward_sizes.get(sizes, ()):
+        lows = dy.data_ptr() & 31, x.data_ptr() & 31, address & 31
+        if rest == moved.rest and moved.is_like(lows, (dy, x, w), None):
+            local.keep_seen(local.backwards, address, moved)
+            moved.hits[0] += 1
+            return cast(Gradients, moved.caller(dy, x, w))
     bias_sizes, stride, padding, dilation, transposed, output_padding, groups, output_mask = rest
     token, device = state.token, x.get_device()
     flags = live_flags(device, x.dtype)
@@ -155,9 +178,10 @@ def _backward(dy: Tensor, x: Tensor, w: Tensor, *rest: Any) -> Gradients:
         if callers.crowded:
             callers.move_to_end(key)
         elif type(caller) is not _Watching:
-            low = dy.data_ptr() & 31, x.data_ptr() & 31
-            seen = Seen(token, (dy, x, w), None, rest, flags, caller=caller, dy_low=low[0], x_low=low[1])
-            seen.keep(local.backwards, w.data_ptr())
+            parts = {"dy_low": dy.data_ptr() & 31, "x_low": x.data_ptr() & 31, "w_low": address & 31}
+            seen = Seen(token, (dy, x, w), None, rest, flags, caller=caller, **parts)
+            seen.keep(local.backwards, address)
+            local.keep_by_size(local.backward_sizes, sizes, seen)
     else:
         args = (list(stride), list(padding), list(dilation), transposed, list(output_padding), groups)
         caller = _new_backward(dy, x, w, bias_sizes, args, list(output_mask))
@@ -196,15 +220,15 @@ def _traced(keyset: torch._C.DispatchKeySet, x: Tensor, w: Tensor, bias: Tensor 
         result: Tensor = kernel.call_boxed(stock_keyset, x, w, bias, *rest)
         return result
 
-    before: Any = local.forwards, local.callers
-    table, cache = cast(Any, _StockOnly(None)), cast(Any, _StockOnly(stock))
-    local.forwards, local.callers = table, cache
+    before: Any = local.forwards, local.forward_sizes, local.callers
+    table, sizes, cache = cast(Any, _StockOnly(None)), dict[Any, list[Any]](), cast(Any, _StockOnly(stock))
+    local.forwards, local.forward_sizes, local.callers = table, sizes, cache
     try:
         below = keyset.remove(torch._C._dispatch_key_parse("Tracer"))
         found: Tensor = torch.ops.aten.convolution.default.redispatch(below, x, w, bias, *rest)
         return found
     finally:
-        local.forwards, local.callers = before
+        local.forwards, local.forward_sizes, local.callers = before
 
 
 def _replace_settled(key: Hashable, caller: _Watching) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from convplan._choices import state
 from convplan._environment import matmul_precision
 from convplan._runtime import local
 
@@ -61,8 +62,9 @@ def live_flags(device: int, dtype: torch.dtype | None = None) -> tuple[object, .
 class Seen:
     """A call that this thread has made, and what runs it; compared part by part, which is cheaper than making a key.
 
-    Kept by the address of the weight, which tells most convolutions of a program apart. A call that differs in any part
-    goes by its key.
+    Kept by the address of the weight, which tells most convolutions of a program apart. Where weights are made anew in
+    every step, as autocast's copies are, addresses tell nothing: then a call is found by the sizes of input and weight,
+    and known by its new address from there on. One that differs in any part goes by its key.
 
     Args:
         token: the switch's, when it was made.
@@ -70,7 +72,7 @@ class Seen:
         bias: of the call, if any.
         rest: the other arguments, as they came.
         flags: `live_flags` of the call.
-        parts: what runs it; `x_low` and `dy_low`, the last five bits of addresses.
+        parts: what runs it; `x_low`, `w_low` and `dy_low`, the last five bits of addresses.
 
     Attributes:
         same: whether tensors are like those of the call. `same_biased`: the same for calls with a bias; the one that
@@ -80,8 +82,8 @@ class Seen:
 
     __slots__ = (
         "algorithms_deterministic", "caller", "cudnn_deterministic", "cudnn_enabled", "depth", "device", "dtype",
-        "dy_low", "failed", "few_flags", "flags", "hits", "other", "rest", "run", "same", "same_biased", "token",
-        "x_low",
+        "dy_low", "failed", "few_flags", "flags", "hits", "lows", "other", "rest", "run", "same", "same_biased",
+        "token", "w_low", "x_low",
     )  # fmt: skip
 
     def __init__(
@@ -102,10 +104,26 @@ class Seen:
         self.dtype, self.device = tensors[0].dtype, tensors[0].get_device()
         for name, value in parts.items():
             setattr(self, name, value)
+        self.lows = tuple(value for name, value in parts.items() if name.endswith("_low"))
         # For most tensors on a GPU there are three flags, which are compared one by one, without a tuple of them.
         self.algorithms_deterministic, self.cudnn_deterministic = algorithms_deterministic(), cudnn_deterministic()
         self.cudnn_enabled = cudnn_enabled()
         self.flags, self.few_flags = flags, len(flags) == 3
+
+    def is_like(self, lows: tuple[int, ...], tensors: tuple[Tensor, ...], bias: Tensor | None) -> bool:
+        """Whether a call has tensors like these, and torch is set as it was.
+
+        Args:
+            lows: the last five bits of the addresses of tensors.
+            tensors: of the call, in the order in which they were given here.
+            bias: of the call, if any.
+        """
+        return (
+            (self.same(*tensors) if bias is None else self.same_biased(*tensors, bias))
+            and lows == self.lows
+            and self.token == state.token
+            and live_flags(self.device, self.dtype) == self.flags
+        )
 
     def keep(self, table: dict[int, Any], address: int) -> None:
         """Put this call before those that one of the thread's tables has of its weight; too many of them go."""

@@ -115,7 +115,6 @@ def test_the_current_stream_is_the_one_that_runs_them() -> None:
         assert torch.equal(one, two)
 
 
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one CUDA device")
 def test_a_second_call_does_not_ask_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     from convplan.kernels import ready, sources
 
@@ -135,13 +134,13 @@ def test_a_second_call_does_not_ask_triton(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_tensors_at_odd_addresses() -> None:
     numbers = torch.randn(1 + 4 * 32 * 81, device="cuda").half()
-    dims, strides = (4, 32, 9, 9), (32 * 81, 1, 9 * 32, 32)
-    aligned = numbers[1:].clone().as_strided(dims, strides)
+    y = numbers.as_strided((4, 32, 9, 9), (32 * 81, 1, 9 * 32, 32), 1)
+    right = torch.stack([y.double().sum((0, 2, 3)), y.double().square().sum((0, 2, 3))])
     for _ in range(2):
-        right, given = kernels.column_sums(aligned), kernels.column_sums(numbers.as_strided(dims, strides, 1))
-        assert torch.equal(right, given)
+        torch.testing.assert_close(kernels.column_sums(y).double(), right, rtol=1e-5, atol=1e-3)
 
 
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one CUDA device")
 def test_tensors_on_a_device_that_is_not_the_current_one() -> None:
     case = Case((4, 24, 6, 6), torch.float16, "relu", True)
     assert torch.cuda.current_device() == 0
