@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from helpers.fresh import fresh_process
 
 import convplan
-from convplan import Policy
+from convplan import Policy, _runtime
 from convplan._runtime import local
 from convplan.torch_ops import seen
 
@@ -137,3 +137,66 @@ def test_a_call_of_another_mode_of_autograd_is_known_beside_the_first() -> None:
             F.conv2d(x.detach(), w, None, 1, 1)
         F.conv2d(x, w, None, 1, 1)
         assert local.forwards[w.data_ptr()] is before
+
+
+def _without_keys(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unneeded(*arguments: object) -> None:
+        raise AssertionError("a key was made")
+
+    monkeypatch.setattr(local.callers, "get", unneeded)
+
+
+def test_weights_that_are_made_anew_in_every_step_are_known_by_their_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As autocast's copies are. Two layers share all sizes but not the stride, and two everything."""
+    layers = [
+        (torch.randn(2, 3, 9, 9), torch.randn(4, 3, 3, 3), 1),
+        (torch.randn(2, 3, 9, 9), torch.randn(4, 3, 3, 3), 2),
+    ]
+    layers += [
+        (torch.randn(2, 3, 9, 9), torch.randn(4, 3, 3, 3), 2),
+        (torch.randn(2, 4, 9, 9), torch.randn(5, 4, 1, 1), 1),
+    ]
+    places = [torch.empty(200) for _ in layers]
+
+    def step(shift: int) -> None:
+        for number, (x, w, stride) in enumerate(layers):
+            place = places[(number + shift) % len(places)]
+            moved = place[: w.numel()].view(w.shape).copy_(w).requires_grad_()
+            wanted = moved.detach().clone().requires_grad_()
+            given = x.clone().requires_grad_()
+            y = F.conv2d(given, moved, None, stride)
+            y.square().sum().backward()
+            right = F.unfold(x, w.shape[2:], stride=stride).transpose(1, 2) @ wanted.flatten(1).t()
+            right = right.transpose(1, 2).reshape(y.shape)
+            right.square().sum().backward()
+            torch.testing.assert_close(y, right, rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(moved.grad, wanted.grad, rtol=1e-4, atol=1e-4)
+
+    with convplan.enabled(Policy(effort="instant")):
+        for shift in range(3):
+            step(shift)
+        _without_keys(monkeypatch)
+        for shift in range(len(layers)):
+            step(shift)
+
+
+def test_a_moved_weight_of_other_alignment_is_not_the_same_call() -> None:
+    x, w = torch.randn(1, 3, 8, 8), torch.randn(4, 3, 3, 3)
+    place = torch.empty(w.numel() + 1)
+    with convplan.enabled(Policy(effort="instant")):
+        for _ in range(3):
+            F.conv2d(x, w)
+        odd = place[1:].view(w.shape).copy_(w)
+        assert odd.data_ptr() & 31 != w.data_ptr() & 31
+        convplan.stats(reset=True)
+        assert torch.equal(F.conv2d(x, odd), F.conv2d(x, w))
+        assert convplan.stats()["misses"] == 1
+
+
+def test_no_sizes_have_more_than_a_few_known_calls() -> None:
+    x, weights = torch.randn(1, 3, 12, 12), [torch.randn(4, 3, 3, 3) for _ in range(12)]
+    with convplan.enabled(Policy(effort="instant")):
+        for number, w in enumerate(weights):
+            for _ in range(2):
+                F.conv2d(x, w, None, 1 + number % 3, number // 3)
+        assert 1 <= len(local.forward_sizes[x.shape, weights[0].shape]) <= _runtime.MOST_OF_ONE_SIZE

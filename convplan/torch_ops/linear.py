@@ -7,6 +7,7 @@ both inputs, and the gradient of each is made of the other two (`Linear`). `func
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
@@ -124,6 +125,12 @@ class Geometry:
         gradients: tuple[bool, bool] = NO_GRADIENTS,
     ) -> Tensor:
         """One of the three on (x, w), (dy, w) or (x, dy), planned under the geometry's policy."""
+        return self.caller(op, first, second, bias, gradients)[0](first, second, bias, None)
+
+    def caller(
+        self, op: Op, first: Tensor, second: Tensor, bias: Tensor | None, gradients: tuple[bool, bool]
+    ) -> tuple[Callable[..., Tensor], bool]:
+        """What runs it, and whether it is kept for the next call."""
         token = state.token
         key = (
             token, op, self.dims[op], self.args, self.policy, self._cudnn, first.shape, first.stride(), first.dtype,
@@ -136,11 +143,11 @@ class Geometry:
             callers.hits[0] += 1
             if callers.crowded:
                 callers.move_to_end(key)
-        else:
-            device = first.get_device()
-            caller = Caller.of(self._problem(op, first, second, bias), self.policy, device, second, gradients)
-            local.remember(key, token, caller, device)
-        return caller(first, second, bias, None)
+            return caller, True
+        device = first.get_device()
+        caller = Caller.of(self._problem(op, first, second, bias), self.policy, device, second, gradients)
+        local.remember(key, token, caller, device)
+        return caller, False
 
     def _problem(self, op: Op, first: Tensor, second: Tensor, bias: Tensor | None) -> Problem:
         check_same_place(first, second, bias)

@@ -5,6 +5,8 @@ No gradients are recorded here: `normalized` calls this inside an autograd funct
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import msgspec
 import torch
 
@@ -50,8 +52,28 @@ def convolution_with_statistics(
         The result (N, K, spatial...), and float32 (2, K): sums, and sums of squares. None where that is not offered:
         for other dtypes than float16 and bfloat16, and where the result is not channels-last.
     """
+    found: tuple[Tensor, Tensor] | None = statistics_caller(
+        input, weight, stride, padding, dilation, groups, policy, gradients
+    )[0](input, weight)
+    return found
+
+
+Caller = Callable[[Tensor, Tensor], tuple[Tensor, Tensor] | None]
+
+
+def statistics_caller(
+    input: Tensor,
+    weight: Tensor,
+    stride: Ints,
+    padding: Padding,
+    dilation: Ints,
+    groups: int,
+    policy: Policy | None,
+    gradients: tuple[bool, bool],
+) -> tuple[Caller, bool]:
+    """What computes `convolution_with_statistics` of such tensors, and whether it is kept for the next call."""
     if input.dtype not in _DTYPES or weight.dtype != input.dtype:
-        return None
+        return _not_offered, False
     device, token = input.get_device(), state.token
     key = (
         "statistics", token, input.shape, input.stride(), input.dtype, weight.shape, weight.stride(), stride, padding,
@@ -64,12 +86,11 @@ def convolution_with_statistics(
         callers.hits[0] += 1
         if callers.crowded:
             callers.move_to_end(key)
-    else:
-        problem = _problem(input, weight, stride, padding, dilation, groups)
-        caller = _not_offered if problem is None else _Caller(problem, policy, weight, gradients)
-        local.remember(key, token, caller, device)
-    found: tuple[Tensor, Tensor] | None = caller(input, weight)
-    return found
+        return caller, True
+    problem = _problem(input, weight, stride, padding, dilation, groups)
+    caller = _not_offered if problem is None else _Caller(problem, policy, weight, gradients)
+    local.remember(key, token, caller, device)
+    return caller, False
 
 
 def _not_offered(input: Tensor, weight: Tensor) -> None:
