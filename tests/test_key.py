@@ -196,6 +196,11 @@ def test_no_field_is_forgotten() -> None:
     for letter in "xwy":
         assert {f"{letter}.{name}" for name in TensorSpec.__struct_fields__} <= labels
     fused = {label for label, _ in _key.problem_items(replaced(PROBLEM, epilogue=Epilogue(activation="relu")))}
+    alone = {"statistics", "gate"}  # with which nothing else comes
+    for name in alone & set(Epilogue.__struct_fields__):
+        op = "dgrad" if name == "gate" else "fprop"
+        given = Problem.dense(op, (1, 4, 6, 6), (8, 4, 3, 3), dtype="float16", epilogue=Epilogue(**{name: True}))
+        fused |= {label for label, _ in _key.problem_items(given)}
     assert {f"epilogue.{name}" for name in Epilogue.__struct_fields__} <= fused
     left_out = {"effort", "mode", "replay_miss", "capture_miss", "tuning_limit_s", "tune_after", "budget_s"}
     left_out |= {"nearest", "ranks", "search_s", "build_limit_s", "run_limit_s"}
