@@ -1,4 +1,4 @@
-"""A gate behind the input's gradient, as part of its plan: ReLU's backward pass; judged, kept, refused where it is not."""
+"""A gate behind the input's gradient, as part of its plan: ReLU's backward pass; judged, kept, refused elsewhere."""
 
 from __future__ import annotations
 

@@ -87,8 +87,8 @@ class Epilogued:
 
 UNALIGNED = ADDED_ALIGNMENT_BYTES - 1  # bits of an address
 Reader = Callable[[Any, Any, Any, Any], tuple[int, ...]]
-# Which of residual, bias and scale a graph reads, in its own order, or that it reads a gate or writes statistics. Written
-# out, because this is in the hot path.
+# Which of residual, bias and scale a graph reads, in its own order, or that it reads a gate or writes statistics.
+# Written out, because this is in the hot path.
 _READERS: dict[str, Reader] = {
     "": lambda z, b, s, m: (),
     "z": lambda z, b, s, m: (z.data_ptr(),),
