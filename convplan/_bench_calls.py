@@ -61,10 +61,11 @@ def our_side(named: NamedProblem, policy: Policy, tensors: Tensors) -> tuple[Sid
     import convplan
 
     arguments = _arguments(named)
-    if (arguments.pads and named.op != "fprop") or named.problem.epilogue.statistics:
+    epilogue = named.problem.epilogue
+    if (arguments.pads and named.op != "fprop") or epilogue.statistics or epilogue.gate:
         record = convplan.plan(named.problem, policy)
-        run = functools.partial(record.build().run, *_plan_arguments(named, tensors))
-        if named.problem.epilogue.statistics:
+        run = functools.partial(record.build().run, *_plan_arguments(named, tensors), gate=tensors.gate)
+        if epilogue.statistics:
             run = functools.partial(run, sums=new_sums(tensors.target))
         return Side("Plan.run", run, nullcontext), record
     if arguments.pads or not named.problem.epilogue.is_plain:
@@ -103,6 +104,7 @@ class Tensors(NamedTuple):
     bias: torch.Tensor | None
     residual: torch.Tensor | None = None
     scale: torch.Tensor | None = None
+    gate: torch.Tensor | None = None
 
 
 def make_tensors(named: NamedProblem) -> Tensors:
@@ -114,7 +116,7 @@ def make_tensors(named: NamedProblem) -> Tensors:
 
     problem, device = named.problem, torch.device(named.problem.device)
     inputs = random_inputs(problem, device)
-    first, second, *more = inputs[:5]
+    first, second, *more = (*inputs[:5], inputs.gate)
     written = empty(problem.output, device).zero_()
     x, w, y = {
         "fprop": (first, second, written),
@@ -179,13 +181,15 @@ def _flat(pairs: Sequence[tuple[int, int]]) -> tuple[int, ...]:
 
 def _stock_call(named: NamedProblem, arguments: _Arguments, tensors: Tensors) -> tuple[str, Callable[[], Any]]:
     """What a user of stock torch writes for this problem, in words and ready to be called."""
+    import torch
     import torch.nn.functional as F
 
     from convplan.engines._epilogues import apply_epilogue
     from convplan.engines._support import TORCH_DTYPES
 
+    aten = torch.ops.aten
     name = _function_name(named)
-    source, weight, target, bias, residual, scale = tensors
+    source, weight, target, bias, residual, scale, gate = tensors
     pads = list(arguments.pads)
     epilogue = named.problem.epilogue
     if not epilogue.is_plain:
@@ -195,6 +199,8 @@ def _stock_call(named: NamedProblem, arguments: _Arguments, tensors: Tensors) ->
         words, core = _stock_call(plain, arguments, Tensors(source, weight, target, None if added is bias else bias))
         if epilogue.statistics:
             return f"{words}, torch.var_mean", lambda: _with_statistics(core())
+        if epilogue.gate:
+            return f"{words}, threshold_backward", lambda: aten.threshold_backward.default(core(), gate, 0)
         return f"{words} {epilogue}", lambda: apply_epilogue(core().to(dtype), epilogue, added, residual, scale)
     if named.op == "fprop":
         forward = functools.partial(getattr(F, name), weight=weight, bias=bias, **_keywords(named, arguments))

@@ -2,9 +2,10 @@
 
     y = activation(scale * convolution + alpha * residual + bias)
 
-Each part is optional. Or nothing is done to it, and sums of each channel are written beside it (`statistics`): what a
-batch normalization needs while training. How it is computed is the engines' business; the reference that judges them is
-`_verify`'s.
+Each part is optional. Two more stand alone, for training. With `statistics` nothing is done to the result, and sums of
+each channel are written beside it: what a batch normalization needs. With `gate` the result is kept where a tensor is
+above 0 and made 0 elsewhere: the backward pass of the ReLU before a convolution. How it is computed is the engines'
+business; the reference that judges them is `_verify`'s.
 """
 
 from __future__ import annotations
@@ -62,9 +63,11 @@ class Epilogue(msgspec.Struct, frozen=True, forbid_unknown_fields=True, cache_ha
         parameters: of the activation, in the order of `ACTIVATIONS`; those left out have their defaults.
         bias_alignment_bytes, residual_alignment_bytes: as in `TensorSpec`; 32 where nothing but a bias is added.
         statistics: write the sum and the sum of squares of each output channel too; alone.
+        gate: keep the result where a tensor with the output's dims, strides and dtype is above 0, make it 0 elsewhere;
+            alone. What becomes of it where that tensor is NaN is left open.
 
     Raises:
-        SpecError: an unknown activation, numbers that it does not take, or statistics of more than a convolution.
+        SpecError: an unknown activation, numbers that it does not take, or statistics or a gate with anything else.
     """
 
     bias: bool = False
@@ -76,6 +79,7 @@ class Epilogue(msgspec.Struct, frozen=True, forbid_unknown_fields=True, cache_ha
     bias_alignment_bytes: int = MAX_ALIGNMENT_BYTES
     residual_alignment_bytes: int = MAX_ALIGNMENT_BYTES
     statistics: bool = False
+    gate: bool = False
 
     def __post_init__(self) -> None:
         if self.activation in ALIASES:
@@ -96,10 +100,14 @@ class Epilogue(msgspec.Struct, frozen=True, forbid_unknown_fields=True, cache_ha
                 raise SpecError(f"{field} is {value!r}, expected a power of two from 1 to 32")
             if not present:
                 self._set(field, MAX_ALIGNMENT_BYTES)
-        if self.statistics and (self.bias or self.residual or self.scale or self.activation != "none"):
-            raise SpecError(
-                f"found {str(self)[1:]} in an epilogue, expected statistics alone, of the convolution itself"
-            )
+        if self.statistics or self.gate:
+            self._check_alone()
+
+    def _check_alone(self) -> None:
+        others = self.bias or self.residual or self.scale or self.activation != "none"
+        if others or (self.statistics and self.gate):
+            name = "statistics" if self.statistics else "gate"
+            raise SpecError(f"found {str(self)[1:]} in an epilogue, expected {name} alone, of the convolution itself")
 
     def _check_parameters(self) -> None:
         expected = ACTIVATIONS[self.activation].parameters
@@ -123,7 +131,7 @@ class Epilogue(msgspec.Struct, frozen=True, forbid_unknown_fields=True, cache_ha
     @property
     def is_plain(self) -> bool:
         """Nothing, or a bias alone: what torch's own convolutions do."""
-        return not (self.residual or self.scale or self.statistics) and self.activation == "none"
+        return not (self.residual or self.scale or self.statistics or self.gate) and self.activation == "none"
 
     @property
     def keeps_integers(self) -> bool:
@@ -152,6 +160,8 @@ class Epilogue(msgspec.Struct, frozen=True, forbid_unknown_fields=True, cache_ha
             parts.append(f"{self.activation}({inside})" if inside else self.activation)
         if self.statistics:
             parts.append("statistics")
+        if self.gate:
+            parts.append("gate")
         return "".join(f"+{part}" for part in parts)
 
 
@@ -171,11 +181,11 @@ def parse_epilogue(text: str) -> Epilogue:
         part = _PART.fullmatch(word)
         if part is None:
             raise SpecError(
-                f"found {word!r} in an epilogue, expected scale, residual, bias, statistics or an activation"
+                f"found {word!r} in an epilogue, expected scale, residual, bias, statistics, gate or an activation"
             )
         name = part["name"]
         found: dict[str, object] = {}
-        if name in ("scale", "residual", "bias", "statistics"):
+        if name in ("scale", "residual", "bias", "statistics", "gate"):
             found[name] = True
             if part["aligned"]:
                 found[f"{name}_alignment_bytes"] = int(part["aligned"])
@@ -186,7 +196,7 @@ def parse_epilogue(text: str) -> Epilogue:
             if part["inside"]:
                 found["parameters"] = tuple(map(_parsed, part["inside"].split(",")))
         misplaced = (
-            (name in ("scale", "statistics") and part["aligned"])
+            (name in ("scale", "statistics", "gate") and part["aligned"])
             or (name != "residual" and part["alpha"])
             or ("activation" in found and part["aligned"])
             or ("activation" not in found and part["inside"] is not None)

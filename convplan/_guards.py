@@ -79,7 +79,7 @@ class Bench:
         for guarded, given in zip(self._guarded, numbers.tensors(), strict=True):
             guarded.fill(given)
         tensors = {guarded.what: guarded.tensor for guarded in self._guarded}
-        views = {name: tensors[name] if name == "residual" else tensors[name].view(-1) for name in extra}
+        views = {name: tensors[name] if name in _WHOLE else tensors[name].view(-1) for name in extra}
         self._written = [Guarded(problem.output, device, "output")]
         sums = None
         if numbers.sums is not None:
@@ -103,12 +103,16 @@ def _sums_spec(problem: Problem) -> TensorSpec:
     return TensorSpec.dense((2, problem.output.dims[1], 1), "float32")
 
 
+_WHOLE = ("residual", "gate")  # have the output's dims
+
+
 def _beside(problem: Problem) -> dict[str, TensorSpec]:
     """What an epilogue may read."""
     channels, epilogue = (1, problem.output.dims[1], 1), problem.epilogue
     residual = msgspec.structs.replace(problem.output, alignment_bytes=epilogue.residual_alignment_bytes)
     bias = TensorSpec(channels, (channels[1], 1, 1), problem.bias_dtype, epilogue.bias_alignment_bytes)
-    return {"bias": bias, "residual": residual, "scale": TensorSpec.dense(channels, problem.scale_dtype)}
+    gate = msgspec.structs.replace(problem.output, alignment_bytes=MAX_ALIGNMENT_BYTES)
+    return {"bias": bias, "residual": residual, "scale": TensorSpec.dense(channels, problem.scale_dtype), "gate": gate}
 
 
 def checksum(tensor: torch.Tensor) -> int:

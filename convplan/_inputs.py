@@ -21,6 +21,7 @@ from convplan.engines.base import Run
 
 BASE_ALIGNMENT_BYTES = 64  # of torch's CPU allocator; its CUDA allocator aligns to 512
 LARGEST_INTEGER = 2
+ONE_ZERO_IN = 7  # numbers of a gate
 RANGE_SHARE = 1 / 8  # of the largest number of the output's type: standard deviation of the outputs, at most
 
 # Significand bits that are kept of a running sum, where hardware keeps fewer than the accumulating type has: tensor
@@ -41,18 +42,20 @@ class Inputs(NamedTuple):
     scale: torch.Tensor | None = None
     plain: bool = True  # whether the problem's epilogue is
     sums: torch.Tensor | None = None  # written, where the epilogue has statistics
+    gate: torch.Tensor | None = None
 
     def tensors(self) -> list[torch.Tensor]:
-        """Those that there are, in order."""
-        return [one for one in self[:5] if one is not None]
+        """Those to read that there are, in order."""
+        return [one for one in (*self[:5], self.gate) if one is not None]
 
     def given_to(self, run: Run, out: torch.Tensor | None = None) -> torch.Tensor:
         """What a built candidate makes of them."""
         if self.plain:
             return run(self.first, self.second, self.bias, out)
-        if self.sums is None:
+        beside = self.gate if self.sums is None else self.sums
+        if beside is None:
             return run(self.first, self.second, self.bias, out, self.residual, self.scale)
-        return run(self.first, self.second, self.bias, out, self.residual, self.scale, self.sums)
+        return run(self.first, self.second, self.bias, out, self.residual, self.scale, beside)
 
     def forget_sums(self) -> None:
         """Make of the statistics, if there are any, what no right ones are."""
@@ -61,8 +64,8 @@ class Inputs(NamedTuple):
 
     def copy(self) -> Inputs:
         """The same numbers in memory of their own, with the same strides and alignment."""
-        bias, residual, scale, sums = (None if one is None else _copied(one) for one in (*self[2:5], self.sums))
-        return Inputs(_copied(self.first), _copied(self.second), bias, residual, scale, self.plain, sums)
+        bias, residual, scale, *beside = (None if one is None else _copied(one) for one in (*self[2:5], *self[6:]))
+        return Inputs(_copied(self.first), _copied(self.second), bias, residual, scale, self.plain, *beside)
 
 
 def _copied(tensor: torch.Tensor) -> torch.Tensor:
@@ -146,7 +149,18 @@ def _make(problem: Problem, device: torch.device, fill: Fill) -> Inputs:
     if epilogue.scale:
         scale = _vector(channels, problem.scale_dtype, MAX_ALIGNMENT_BYTES, device, fill)
     sums = torch.zeros(2, *channels, dtype=torch.float32, device=device) if epilogue.statistics else None
-    return Inputs(first, second, bias, residual, scale, epilogue.is_plain, sums)
+    gate = _gate(problem.output, device, fill) if epilogue.gate else None
+    return Inputs(first, second, bias, residual, scale, epilogue.is_plain, sums, gate)
+
+
+def _gate(output: TensorSpec, device: torch.device, fill: Fill) -> torch.Tensor:
+    """Numbers of both signs, and zeros."""
+
+    def fill_with_zeros(flat: torch.Tensor) -> None:
+        fill(flat)
+        flat[::ONE_ZERO_IN] = 0
+
+    return _tensor(msgspec.structs.replace(output, alignment_bytes=MAX_ALIGNMENT_BYTES), device, fill_with_zeros)
 
 
 def _vector(dims: tuple[int], dtype: str, alignment_bytes: int, device: torch.device, fill: Fill) -> torch.Tensor:

@@ -42,7 +42,7 @@ def problem_items(problem: Problem) -> tuple[tuple[str, object], ...]:
         items += [
             (f"epilogue.{name}", getattr(epilogue, name))
             for name in epilogue.__struct_fields__
-            if name != "bias" and (name != "statistics" or epilogue.statistics)
+            if name != "bias" and (name not in ("statistics", "gate") or getattr(epilogue, name))
         ]
     return tuple(items)
 

@@ -120,7 +120,7 @@ def _parts(epilogue: Epilogue) -> str:
     """Such as `residual+bias+relu`; a bias alone is torch's to add."""
     if epilogue.is_plain:
         return ""
-    parts = [name for name in ("scale", "residual", "bias", "statistics") if getattr(epilogue, name)]
+    parts = [name for name in ("scale", "residual", "bias", "statistics", "gate") if getattr(epilogue, name)]
     return "+".join([*parts, *([] if epilogue.activation == "none" else [epilogue.activation])])
 
 

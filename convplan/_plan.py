@@ -212,6 +212,7 @@ class Plan:
         scale: torch.Tensor | None = None,
         out: torch.Tensor | None = None,
         sums: torch.Tensor | None = None,
+        gate: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Compute. No gradient is recorded; use `convplan.conv2d` and friends for that.
 
@@ -223,6 +224,8 @@ class Plan:
             out: a tensor of the output's dims and dtype to write into, with any strides. None: a new one.
             sums: (2, K), float32, contiguous, to write each channel's sum and sum of squares into, required when the
                 epilogue has statistics.
+            gate: a tensor like the output, at an address that 32 divides on a GPU, required when the epilogue has a
+                gate: the result is 0 where it is not above 0.
 
         Returns:
             The output; `out` itself when given.
@@ -243,6 +246,8 @@ class Plan:
             self._check_residual(residual)
         if sums is not None or epilogue.statistics:
             self._check_sums(sums)
+        if gate is not None or epilogue.gate:
+            self._check_gate(gate)
         if out is not None:
             check_distinct(out)
             _check_tensor("out", out, self.problem.output, self.problem.device, any_strides=True)
@@ -252,8 +257,9 @@ class Plan:
             with torch.no_grad(), torch.autocast(first.device.type, enabled=False):
                 run = ranged(self.unchecked_run, self)
                 more = () if epilogue.is_plain else (residual, scale)
-                if sums is not None:
-                    more = (*more, sums)
+                beside = gate if sums is None else sums
+                if beside is not None:
+                    more = (*more, beside)
                 if out is not None and shares_memory(out, (first, second, bias, *more)):
                     return out.copy_(run(first, second, bias, None, *more))
                 return run(first, second, bias, out, *more)
@@ -290,6 +296,13 @@ class Plan:
             raise SpecError(
                 f"sums is at an address that {MAX_ALIGNMENT_BYTES} does not divide, expected one that torch.empty gives"
             )
+
+    def _check_gate(self, gate: torch.Tensor | None) -> None:
+        if gate is None or not self.problem.epilogue.gate:
+            found, wanted = "missing" if gate is None else "given", self.problem.epilogue.gate
+            raise SpecError(f"gate is {found}, the problem says Epilogue(gate={wanted})")
+        spec = msgspec.structs.replace(self.problem.output, alignment_bytes=MAX_ALIGNMENT_BYTES)
+        _check_tensor("gate", gate, spec, self.problem.device)
 
     def _check_residual(self, residual: torch.Tensor | None) -> None:
         epilogue = self.problem.epilogue

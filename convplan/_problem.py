@@ -71,6 +71,7 @@ INPUT_DTYPES = tuple(name for name, info in DTYPES.items() if info.outputs)
 # devices; where it has one, as for int8 on the CPU, the results are its own business.
 FLOAT_DTYPES = ("float64", "float32", "bfloat16", "float16")
 STATISTICS_DTYPES = ("bfloat16", "float16")  # whose sums of squares float32 holds as well as they hold themselves
+GATE_DTYPES = ("float32", "bfloat16", "float16")
 
 
 def contiguous_strides(dims: Sequence[int]) -> tuple[int, ...]:
@@ -236,6 +237,18 @@ class Problem(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
             raise SpecError(f"a wgrad has no epilogue, found {self.epilogue}, expected Epilogue()")
         if self.epilogue.statistics:
             self._check_statistics()
+        if self.epilogue.gate:
+            self._check_gate()
+
+    def _check_gate(self) -> None:
+        if self.op != "dgrad":
+            raise SpecError(f"op is {self.op} with a gate, expected dgrad: it is a ReLU's backward pass")
+        dtypes = {self.x.dtype, self.y.dtype}
+        if not (len(dtypes) == 1 and dtypes <= set(GATE_DTYPES)):
+            raise SpecError(
+                f"dtypes are x {self.x.dtype}, y {self.y.dtype} with a gate, expected one of "
+                f"{', '.join(GATE_DTYPES)} for both"
+            )
 
     def _check_statistics(self) -> None:
         if self.op != "fprop":

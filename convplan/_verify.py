@@ -11,7 +11,8 @@ Tolerance follows the arithmetic, per output, n being the number of products sum
     eps(output) * |ref| + factor * sqrt(n) * eps(accumulate) * conv(|x|, |w|)
 
 With an epilogue, what the convolution may be off by goes through it: scaled, and enlarged by the activation's largest
-slope; each of its steps may be rounded to the output's type, as torch's own modules one after the other do.
+slope; each of its steps may be rounded to the output's type, as torch's own modules one after the other do. Where a gate
+is closed the result must be 0.
 
 Hardware that keeps fewer bits of a running fp8 sum than float32 has (`SUM_BITS`) may lose on top of that
 `SHORT_SUM_FACTOR * eps(those bits) * conv(|x|, |w|)`. Where an output leaves the range of an integer or fp8 type it is
@@ -65,12 +66,14 @@ ARBITRATED = 32  # places looked at where two candidates disagree
 class Values(NamedTuple):
     """Reference at some positions: sums, sums of magnitudes, and of those that may be rounded in between, in float64.
 
-    With an epilogue the first are what it makes of the sums; the others are taken before its activation.
+    With an epilogue the first are what it makes of the sums; the others are taken before its activation. With a gate,
+    `closed` says where the result must be 0.
     """
 
     sums: torch.Tensor
     magnitudes: torch.Tensor
     rounded: torch.Tensor | None = None
+    closed: torch.Tensor | None = None
 
 
 class Reference:
@@ -109,6 +112,9 @@ class Reference:
         """What the epilogue makes of the convolution's values (P, channels)."""
         epilogue, inputs = self.problem.epilogue, self._inputs
         sums, magnitudes = values.sums, values.magnitudes
+        if inputs.gate is not None:
+            closed = _picked(inputs.gate.movedim(1, -1), tuple(positions.unbind(1))) <= 0
+            return Values(sums.masked_fill(closed, 0), magnitudes.masked_fill(closed, 0), closed=closed)
         rounded = sums.abs()
         if inputs.scale is not None:
             sums, magnitudes = sums * inputs.scale.double(), magnitudes * inputs.scale.double().abs()
@@ -431,7 +437,8 @@ class Verifier:
         smallest = torch.finfo(TORCH_DTYPES[self.problem.output_dtype]).tiny
         if DTYPES[self.problem.output_dtype].itemsize_bytes == 1:
             smallest *= eps_out  # nobody flushes the small numbers of fp8 to zero: there are too few others
-        return eps_out * values.sums.abs() + share * magnitudes + smallest
+        allowed = eps_out * values.sums.abs() + share * magnitudes + smallest
+        return allowed if values.closed is None else allowed.masked_fill(values.closed, 0.0)
 
     def _compare(
         self, config: EngineConfig, notes: Notes, found: torch.Tensor, values: Values, positions: torch.Tensor

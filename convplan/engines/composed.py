@@ -1,6 +1,6 @@
 """Engine `composed`: an unfused plan of another engine, and torch's elementwise kernels behind it (B31).
 
-Statistics are `kernels.column_sums` of what the unfused plan wrote.
+Statistics are `kernels.column_sums` of what the unfused plan wrote, and a gate is torch's `threshold_backward` of it.
 
 It proposes nothing by itself: the planner hands it the leading plans of the problem's `core`, and they race against the
 engines that fuse. Its configuration holds the other engine's knobs and, as the name of one more, that engine:
@@ -178,6 +178,7 @@ def _run(problem: Problem, core: Problem, run_core: Run) -> Run:
     read = TORCH_DTYPES[core.dtype] if core.dtype != problem.dtype else None
     strides, dtype = output.strides, TORCH_DTYPES[output.dtype]
     bias_in_core = core.epilogue.bias
+    gated, closed = epilogue.gate, torch.ops.aten.threshold_backward.grad_input
     # Torch has this as one pass on the CPU, in float32.
     adds_and_ends = (problem.device, core.output_dtype, output.dtype) == ("cpu", "float32", "float32") and (
         epilogue.residual and not epilogue.scale and epilogue.activation == "relu"
@@ -190,14 +191,16 @@ def _run(problem: Problem, core: Problem, run_core: Run) -> Run:
         out: torch.Tensor | None,
         residual: torch.Tensor | None,
         scale: torch.Tensor | None,
-        sums: torch.Tensor | None = None,
+        beside: torch.Tensor | None = None,
     ) -> torch.Tensor:
         if read is not None:
             first, second = first.to(read), second.to(read)
         result = run_core(first, second, bias if bias_in_core else None, None)
-        if sums is not None:
-            column_sums(result, sums)
-        if adds_and_ends:
+        if gated:
+            closed(result, beside, 0, grad_input=result)
+        elif beside is not None:
+            column_sums(result, beside)
+        elif adds_and_ends:
             torch.ops.aten._add_relu_.Tensor(result, residual, alpha=epilogue.alpha)
         else:
             result = apply_epilogue(result, epilogue, None if bias_in_core else bias, residual, scale)

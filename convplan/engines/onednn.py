@@ -130,6 +130,8 @@ def _refusal(problem: Problem) -> str:
         return "nothing follows the convolution, or a bias alone"
     if epilogue.statistics:
         return "oneDNN writes no statistics"
+    if epilogue.gate:
+        return "oneDNN has no gate behind a convolution"
     if problem.is_empty:
         return "the problem is empty"
     if problem.dtype not in DTYPE_NAMES or problem.output_dtype not in DTYPE_NAMES:

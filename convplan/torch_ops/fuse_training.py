@@ -1,5 +1,8 @@
 """`fuse_training`: a model for training whose batch norms are computed with what is before them and what follows.
 
+Where there is no batch norm, but a convolution, a ReLU and a convolution, the ReLU's backward pass becomes part of the
+gradient that the later one computes (`gated_call`).
+
 What is here walks the modules of a copy of the model, as `fuse` does: what can be traced gets a forward of generated
 code, in which one call (`normalized_call`) takes the place of a convolution, a batch norm, a sum and an activation. All
 modules stay where they are, so that the model's class, its attributes and its `state_dict` are as before.
@@ -27,17 +30,24 @@ from convplan._policy import Policy
 from convplan.torch_ops import fuse_patterns as patterns
 from convplan.torch_ops.fuse import FusionReport, recorded
 from convplan.torch_ops.fuse_graphs import Chain, Fused, Rewriting, Traced, Tracer, traced
+from convplan.torch_ops.gated import RELU
+from convplan.torch_ops.gated_call import GatedCall
 from convplan.torch_ops.normalized_call import NormalizedCall, Place
 
 log = logging.getLogger("convplan.fuse")
 
+GATE = "relu backward"  # what a report calls it
+
 Tensor = torch.Tensor
 _Norm = nn.modules.batchnorm._BatchNorm
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+_GATED = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 def fuse_training(model: nn.Module, *, policy: Policy | None = None) -> nn.Module:
     """A model for training: batch norms computed with the convolution before them, and the sum and activation behind.
+
+    A ReLU that stands between two convolutions is differentiated with the input's gradient of the later one.
 
         fast = convplan.fuse_training(model)
         print(fast.fusion_report)
@@ -50,7 +60,8 @@ def fuse_training(model: nn.Module, *, policy: Policy | None = None) -> nn.Modul
         policy: the rules for the convolutions; None: those of `enable()` at the time of each call, else the defaults.
 
     Returns:
-        The new model, with a `fusion_report`: for each batch norm what is computed with it, and what ended that.
+        The new model, with a `fusion_report`: for each batch norm what is computed with it, and what ended that; and
+        each convolution whose ReLU's backward pass is computed with the gradient of the next one.
 
     Raises:
         FuseError: the model cannot be copied or is compiled, scripted or fused already.
@@ -72,7 +83,8 @@ def fuse_training(model: nn.Module, *, policy: Policy | None = None) -> nn.Modul
         _runtime.check_policy(policy)
     walk = _Walk(_sharing_copy(model), policy)
     new = walk.run()
-    report = FusionReport(tuple(walk.rows), dict(walk.untraced), "batch norm")
+    kind = "module" if any(GATE in row.parts for row in walk.rows) else "batch norm"
+    report = FusionReport(tuple(walk.rows), dict(walk.untraced), kind)
     new.fusion_report = report  # type: ignore[assignment]
     log.info("fused %s: %s", name, ", ".join(f"{count} x {part}" for part, count in report.counts.items()) or "nothing")
     return new
@@ -174,7 +186,7 @@ class _Walk:
         return self._model
 
     def _look_at(self, module: nn.Module, path: str) -> None:
-        if id(module) in self._seen or not any(isinstance(one, _Norm) for one in module.modules()):
+        if id(module) in self._seen or not _has_work(module):
             return
         self._seen.add(id(module))
         if isinstance(module, _Norm):
@@ -207,7 +219,7 @@ class _Walk:
         before = f"{path}." if path else ""
         for target, reason in found.kept.items():
             one = module.get_submodule(target)
-            if not isinstance(one, _Norm) and any(isinstance(m, _Norm) for m in one.modules()):
+            if not isinstance(one, _Norm) and _has_work(one):
                 self.untraced[before + target] = reason
                 self._parts(one, before + target)
         rewriting = _Rewriting(module, found.graph, lambda _: "", self._policy)
@@ -219,20 +231,62 @@ class _Walk:
         module.__dict__["forward"] = Forward(module, code.src, names)
 
 
+def _has_work(module: nn.Module) -> bool:
+    """Whether there is a batch norm in a module, or more than one convolution."""
+    parts = list(module.modules())
+    return any(isinstance(one, _Norm) for one in parts) or sum(isinstance(one, _GATED) for one in parts) > 1
+
+
 class _Rewriting(Rewriting):
-    """Batch norms of one graph. Arguments as of `Rewriting`; no module is replaced."""
+    """Batch norms of one graph, and ReLUs between convolutions. Arguments as of `Rewriting`; no module is replaced."""
 
     def run(self) -> list[Fused]:
-        """Rewrite the graph, and say what became of each of its batch norms."""
-        self.calls: list[NormalizedCall] = []
+        """Rewrite the graph, and say what became of each of its batch norms, and which ReLUs have a gate."""
+        self.calls: list[NormalizedCall | GatedCall] = []
         self.pass_identities()
         found = [
             self._fuse_norm(node)
             for node in list(self.graph.nodes)
             if node.op == "call_module" and isinstance(self.modules[str(node.target)], _Norm)
         ]
+        found += self._put_gates()
         self.graph.eliminate_dead_code(lambda node: node.op != "get_attr")
         return found
+
+    def _put_gates(self) -> list[Fused]:
+        """Convolutions that hand a ReLU's result to one other, and these: each becomes one call."""
+        chains = {node: chain for node in self.graph.nodes if (chain := self._with_relu(node)) is not None}
+        gates: dict[Node, Node] = {}  # the later convolution, and the earlier one
+        for node, chain in chains.items():
+            users = list(chain.nodes[-1].users)
+            if chain.activation is not None and len(users) == 1 and users[0] in chains:
+                gates[users[0]] = node
+        names = {node: str(node.target) for node in chains}
+        for node, chain in chains.items():
+            if node in gates or node in gates.values():
+                last = chain.nodes[-1]
+                relu = self._place(str(last.target)) if len(chain.nodes) > 1 and last.op == "call_module" else None
+                call = GatedCall(
+                    f"gated_{len(self.calls)}_{names[node].replace('.', '_')}", self._place(names[node]),
+                    chain.activation is not None, relu, node in gates, self._policy,
+                )  # fmt: skip
+                self.calls.append(call)
+                self.replace(chain, call, node.args)
+        return [Fused(names[one], (GATE,), f"with the gradient of {names[later]}") for later, one in gates.items()]
+
+    def _with_relu(self, node: Node) -> Chain | None:
+        """A convolution that can be one call, with the ReLU that alone takes its result."""
+        module = self.modules.get(str(node.target)) if node.op == "call_module" else None
+        if not isinstance(module, _GATED) or patterns.called(node, self.modules) is None:
+            return None
+        if patterns.why_not(module, trains=True):
+            return None
+        users = list(node.users)
+        if len(users) == 1 and patterns.activation_of(users[0], self.modules) == RELU:
+            chain = Chain((node, users[0]), activation=RELU)
+            if not self.written_between(chain):
+                return chain
+        return Chain((node,))
 
     def _fuse_norm(self, node: Node) -> Fused:
         target = str(node.target)
@@ -300,7 +354,7 @@ class _Rewriting(Rewriting):
 
     def named(self, node: Node) -> str:
         """A node, for people."""
-        return "a fused call" if isinstance(node.target, NormalizedCall) else super().named(node)
+        return "a fused call" if isinstance(node.target, (NormalizedCall, GatedCall)) else super().named(node)
 
 
 def _why_not(norm: nn.Module) -> str:

@@ -376,14 +376,14 @@ class Fused(torch.autograd.Function):
         step: _Step = ctx.step
         input, weight, scale, y = ctx.saved_tensors
         need_input, need_weight, need_bias, need_residual = ctx.needs_input_grad[1:5]
-        grad, to_bias = _behind(step.activation, grads[0], y, need_bias)
+        grad, to_bias = gradient_behind(step.activation, grads[0], y, need_bias)
         scaled = grad if scale is None else scale_channels(grad, scale)
         to_input, to_weight = gradients(step.op, input, weight, scaled, step.geometry, (need_input, need_weight))
         to_residual = times(grad, step.alpha) if need_residual else None
         return None, to_input, to_weight, to_bias, to_residual, None
 
 
-def _behind(activation: Resolved, grad: Tensor, y: Tensor | None, bias: bool) -> tuple[Tensor, Tensor | None]:
+def gradient_behind(activation: Resolved, grad: Tensor, y: Tensor | None, bias: bool) -> tuple[Tensor, Tensor | None]:
     """The gradient behind an activation, and a bias's: in one pass over memory where there is a kernel for it."""
     if y is not None and has_kernels(grad) and y.stride() == grad.stride():
         grad, sums = activation_backward(grad, y, activation.name, activation.parameters, from_output=True, bias=bias)

@@ -145,11 +145,12 @@ class Geometry:
                 callers.move_to_end(key)
             return caller, True
         device = first.get_device()
-        caller = Caller.of(self._problem(op, first, second, bias), self.policy, device, second, gradients)
+        caller = Caller.of(self.problem(op, first, second, bias), self.policy, device, second, gradients)
         local.remember(key, token, caller, device)
         return caller, False
 
-    def _problem(self, op: Op, first: Tensor, second: Tensor, bias: Tensor | None) -> Problem:
+    def problem(self, op: Op, first: Tensor, second: Tensor, bias: Tensor | None = None) -> Problem:
+        """What `run` plans."""
         check_same_place(first, second, bias)
         given = {"fprop": ("x", "w"), "dgrad": ("y", "w"), "wgrad": ("x", "y")}[op]
         written = {"fprop": "y", "dgrad": "x", "wgrad": "w"}[op]

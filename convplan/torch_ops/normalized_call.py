@@ -105,8 +105,8 @@ class NormalizedCall:
             or _transform() is not None
             or _is_tracing() is not None
             or type(norm) is not self._norm.kind
-            or _is_listened(norm)
-            or (conv is not None and (type(conv) is not self._conv.kind or _is_listened(conv)))  # type: ignore[union-attr]
+            or is_listened(norm)
+            or (conv is not None and (type(conv) is not self._conv.kind or is_listened(conv)))  # type: ignore[union-attr]
         ):
             return self._behind(norm(x if conv is None else conv(x)), residual)
         if norm.training or norm.running_mean is None:
@@ -250,15 +250,19 @@ def _kind_of(tensor: Tensor) -> tuple[Any, ...]:
     return type(tensor), tensor.shape, tensor.stride(), tensor.dtype, tensor.get_device()
 
 
-def _is_listened(module: Any) -> bool:
+def is_listened(module: Any) -> bool:
     """Somebody has hooked on to a module since it was fused, or computes its weight."""
+    return is_hooked(module) or "weight" not in module._parameters
+
+
+def is_hooked(module: Any) -> bool:
+    """Somebody listens to a module's calls, or has replaced what they do."""
     return bool(
         module._forward_hooks
         or module._forward_pre_hooks
         or module._backward_hooks
         or module._backward_pre_hooks
         or "forward" in module.__dict__
-        or "weight" not in module._parameters
     )
 
 

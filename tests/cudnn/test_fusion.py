@@ -505,7 +505,7 @@ def test_every_set_of_tensors_has_a_reader() -> None:
         for epilogue in (*FUSED, *(Epilogue(scale=True, bias=b, residual=r) for b in (0, 1) for r in (0, 1)))
         for specialised in (False, True)[: 1 + is_specialised(small(epilogue=epilogue))]
     }
-    assert found | {"mq"} == set(running._READERS)  # of statistics: test_statistics_graphs
+    assert found | {"mq", "g"} == set(running._READERS)  # test_statistics_graphs, test_gate_graphs
 
 
 def test_a_pack_of_a_fused_plan_has_every_tensor_and_constant(

@@ -14,7 +14,7 @@ two forms would be the same graph a node that changes nothing keeps them apart. 
 one of zeros, as torch's own fused convolution does.
 
 Statistics are a node of their own kind behind a convolution that writes its result: one form, which some ready-made
-engines and some compiled ones are for.
+engines and some compiled ones are for. A gate is ReLU's backward node, for compiled engines.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from convplan._epilogue import MAX_ALIGNMENT_BYTES, Epilogue
 from convplan._problem import FLOAT_DTYPES, WRITES, Problem, TensorSpec
 from convplan.engines.cudnn.enums import Attribute, PointwiseMode
 
+BACKWARD = (PointwiseMode.RELU_BWD,)  # modes whose operands are gradients
 INTERMEDIATE = "float32"  # type of what is never written to memory, and of all arithmetic behind the convolution
 VIRTUAL_ALIGNMENT_BYTES = 16  # of tensors that have no address; cuDNN wants a number
 SCALE_ALIGNMENT_BYTES = 4  # nothing in a problem says more of it
@@ -68,7 +69,10 @@ def aligned_when_run(alignment_bytes: int) -> int:
 
 
 class Node(NamedTuple):
-    """y = mode(x, alpha2 * b), elementwise; `b` is empty for modes of one operand. Tensors go by their names."""
+    """y = mode(x, alpha2 * b), elementwise; `b` is empty for modes of one operand. Tensors go by their names.
+
+    Of a backward mode `x` is the gradient that comes in, `b` what the forward mode took, and `y` the gradient of that.
+    """
 
     mode: PointwiseMode
     x: str
@@ -84,8 +88,8 @@ class Fusion(NamedTuple):
     Attributes:
         nodes: the last one writes the problem's output.
         result: name of the tensor that the convolution writes.
-        given: tensors that are read or written besides the convolution's own: `z` residual, `b` bias, `s` scale, and of
-            statistics `m` sums, `q` sums of squares.
+        given: tensors that are read or written besides the convolution's own: `z` residual, `b` bias, `s` scale, `g`
+            gate, and of statistics `m` sums, `q` sums of squares.
         virtual: names of tensors that are never in memory.
         constants: numbers, by the names of the tensors that hold them; given by value at every run.
         statistics: a last node sums the result's channels, into `m`, and their squares, into `q`.
@@ -169,6 +173,8 @@ def fusion_of(problem: Problem, specialised: bool) -> Fusion:
         if epilogue.residual:
             line.add(_Mode.ADD, line.residual(epilogue), alpha2=epilogue.alpha)
         line.add(_Mode.ADD, line.bias(problem))
+    elif epilogue.gate:
+        line.add(_Mode.RELU_BWD, line.gate())
     else:
         _general(line, problem)
     _activate(line, epilogue)
@@ -225,6 +231,10 @@ class _Line:
         aligned = aligned_when_run(epilogue.residual_alignment_bytes)
         self.given["z"] = msgspec.structs.replace(self._output, alignment_bytes=aligned)
         return "z"
+
+    def gate(self) -> str:
+        self.given["g"] = msgspec.structs.replace(self._output, alignment_bytes=MAX_ALIGNMENT_BYTES)
+        return "g"
 
     def residual_times_alpha(self, epilogue: Epilogue) -> str:
         """A node that waits for nothing: cuDNN puts it before all others, so it is made before them."""

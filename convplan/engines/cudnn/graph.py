@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from convplan.engines.cudnn.target import Target
 
 # Identifiers of the tensors in a graph are letters (B27).
-UIDS = {letter: ord(letter) for letter in "xywzbsmq"}
+UIDS = {letter: ord(letter) for letter in "xywzbsmqg"}
 
 DATA_TYPES: dict[str, DataType] = {
     "float64": DataType.DOUBLE,
@@ -169,6 +169,11 @@ def spec_of(problem: Problem, name: str) -> TensorSpec:
 def _pointwise_node(library: Library, node: fusion.Node, tensors: dict[str, Descriptor]) -> Descriptor:
     operation = Descriptor(library, DescriptorType.OPERATION_POINTWISE)
     operation.set(Attribute.OPERATION_POINTWISE_PW_DESCRIPTOR, _pointwise(library, node.mode, node.settings))
+    if node.mode in fusion.BACKWARD:
+        operation.set(Attribute.OPERATION_POINTWISE_XDESC, tensors[node.b])
+        operation.set(Attribute.OPERATION_POINTWISE_DYDESC, tensors[node.x])
+        operation.set(Attribute.OPERATION_POINTWISE_DXDESC, tensors[node.y])
+        return operation.finalize()
     operation.set(Attribute.OPERATION_POINTWISE_XDESC, tensors[node.x])
     if node.b:
         operation.set(Attribute.OPERATION_POINTWISE_BDESC, tensors[node.b])

@@ -49,7 +49,7 @@ class Epilogued:
     """What a run reads besides its two inputs, and writes besides its output.
 
     Attributes:
-        addresses: of residual, bias, scale and statistics, as far as there are any, and of the constants.
+        addresses: of residual, bias, scale, and gate or statistics, as far as there are any, and of the constants.
         lacks_bias: the graph has a bias and the problem none, so it is given zeros.
 
     Args:
@@ -87,8 +87,8 @@ class Epilogued:
 
 UNALIGNED = ADDED_ALIGNMENT_BYTES - 1  # bits of an address
 Reader = Callable[[Any, Any, Any, Any], tuple[int, ...]]
-# Which of residual, bias and scale a graph reads, in its own order, or that it writes statistics. Written out, because
-# this is in the hot path.
+# Which of residual, bias and scale a graph reads, in its own order, or that it reads a gate or writes statistics.
+# Written out, because this is in the hot path.
 _READERS: dict[str, Reader] = {
     "": lambda z, b, s, m: (),
     "z": lambda z, b, s, m: (z.data_ptr(),),
@@ -98,12 +98,13 @@ _READERS: dict[str, Reader] = {
     "zs": lambda z, b, s, m: (z.data_ptr(), s.data_ptr()),
     "sb": lambda z, b, s, m: (s.data_ptr(), b.data_ptr()),
     "zsb": lambda z, b, s, m: (z.data_ptr(), s.data_ptr(), b.data_ptr()),
+    "g": lambda z, b, s, m: (m.data_ptr(),),
     "mq": lambda z, b, s, m: ((first := m.data_ptr()), first + m.nbytes // 2),
 }
 
 
 def _reader(letters: str, constants: tuple[int, ...]) -> Reader:
-    """Addresses from residual, bias, scale and statistics, and those of the constants behind them."""
+    """Addresses from residual, bias, scale, and gate or statistics, and those of the constants behind them."""
     reader = _READERS[letters]
     return (lambda z, b, s, m: reader(z, b, s, m) + constants) if constants else reader
 
@@ -221,7 +222,7 @@ def _plain_run(form: Form, at: At) -> Run:
 def _fused_run(form: Form, epilogue: Epilogued, at: At) -> Run:
     def run(
         first: torch.Tensor, second: torch.Tensor, bias: Optional, out: Optional, residual: Optional, scale: Optional,
-        sums: Optional = None,
+        beside: Optional = None,
     ) -> torch.Tensor:  # fmt: skip
         index = _gpu_of(first)
         # A plan that reads the residual after it has begun to write would read what it wrote.
@@ -231,7 +232,7 @@ def _fused_run(form: Form, epilogue: Epilogued, at: At) -> Run:
             result = form.place(None if in_place else out, first.device)
             if epilogue.lacks_bias:
                 bias = epilogue.zeros(index)
-            more = epilogue.addresses(residual, bias, scale, sums)
+            more = epilogue.addresses(residual, bias, scale, beside)
             _execute(at(index), index, (first.data_ptr(), second.data_ptr(), result.data_ptr(), *more))
         return result if out is None or result is out else out.copy_(result)
 
@@ -309,15 +310,15 @@ def _bound_fused(
 
     def bound(
         first: torch.Tensor, second: torch.Tensor, bias: Optional, out: Optional, residual: Optional, scale: Optional,
-        sums: Optional = None,
+        beside: Optional = None,
     ) -> torch.Tensor:  # fmt: skip
         if out is not None or (several and current_device() != index):
-            return run(first, second, bias, out, residual, scale, sums)
+            return run(first, second, bias, out, residual, scale, beside)
         result: torch.Tensor = allocate(dims, strides, dtype)
         stream = raw_stream(index)
         if stream != handle.stream:
             handle.set_stream(stream)
-        read = more(residual, zeros if bias is None else bias, scale, sums)
+        read = more(residual, zeros if bias is None else bias, scale, beside)
         if no_scratch:
             addresses = (first.data_ptr(), second.data_ptr(), result.data_ptr(), *read, 0)
         else:

@@ -26,7 +26,7 @@ from convplan._measure import first_line
 from convplan._problem import DTYPES, WRITES, Problem, TensorSpec
 from convplan.engines.cudnn.descriptors import CudnnError
 from convplan.engines.cudnn.enums import Attribute, DataType, PointwiseMode
-from convplan.engines.cudnn.fusion import INTERMEDIATE, SUMS, Fusion, Node, nodes_behind, uid_of
+from convplan.engines.cudnn.fusion import BACKWARD, INTERMEDIATE, SUMS, Fusion, Node, nodes_behind, uid_of
 from convplan.engines.cudnn.graph import (
     DATA_TYPES,
     UIDS,
@@ -62,12 +62,14 @@ _STATISTICS_GRAPH = "SCALE_BIAS_ADD_RELU_CONV_STATS"  # of which only the last t
 _SPECIALISED_GRAPH = "CONV_ADD_BIAS_ACT"  # with a residual or without, with an activation or without
 
 # What cuDNN writes about a mode that has settings: their names, and their values where they are not set.
+_CLIPS = {
+    "upperClip": (Attribute.POINTWISE_RELU_UPPER_CLIP, sys.float_info.max),
+    "lowerClip": (Attribute.POINTWISE_RELU_LOWER_CLIP, 0.0),
+    "lowerClipSlope": (Attribute.POINTWISE_RELU_LOWER_CLIP_SLOPE, 0.0),
+}
 _SETTINGS: dict[PointwiseMode, dict[str, tuple[Attribute, float]]] = {
-    PointwiseMode.RELU_FWD: {
-        "upperClip": (Attribute.POINTWISE_RELU_UPPER_CLIP, sys.float_info.max),
-        "lowerClip": (Attribute.POINTWISE_RELU_LOWER_CLIP, 0.0),
-        "lowerClipSlope": (Attribute.POINTWISE_RELU_LOWER_CLIP_SLOPE, 0.0),
-    },
+    PointwiseMode.RELU_FWD: _CLIPS,
+    PointwiseMode.RELU_BWD: _CLIPS,
     PointwiseMode.ELU_FWD: {"alpha": (Attribute.POINTWISE_ELU_ALPHA, 1.0)},
     PointwiseMode.SWISH_FWD: {"beta": (Attribute.POINTWISE_SWISH_BETA, 1.0)},
     PointwiseMode.SOFTPLUS_FWD: {"beta": (Attribute.POINTWISE_SOFTPLUS_BETA, 1.0)},
@@ -248,6 +250,9 @@ def _convolution_json(problem: Problem, instead: Mapping[str, str]) -> dict[str,
 
 def _pointwise_json(node: Node) -> dict[str, Any]:
     given, named = dict(node.settings), _SETTINGS.get(node.mode, {})
+    ends = {"X": node.x, "Y": node.y, "B": node.b}
+    if node.mode in BACKWARD:
+        ends = {"X": node.b, "dX": node.y, "dY": node.x}
     return {
         "operation": "CUDNN_BACKEND_OPERATION_POINTWISE_DESCRIPTOR",
         "pointwiseMode": f"CUDNN_POINTWISE_{node.mode.name}",
@@ -255,9 +260,7 @@ def _pointwise_json(node: Node) -> dict[str, Any]:
         **{name: float(given.get(attribute, usual)) for name, (attribute, usual) in named.items()},
         "alpha1": 1.0,
         "alpha2": ctypes.c_float(node.alpha2).value,  # which the attribute is
-        "X": _name(node.x),
-        "Y": _name(node.y),
-        **({"B": _name(node.b)} if node.b else {}),
+        **{end: _name(tensor) for end, tensor in ends.items() if tensor},
     }
 
 
