@@ -1,7 +1,7 @@
 """`fuse_training` where a ReLU stands between two convolutions: its backward pass is the later one's dgrad's.
 
-What runs on a GPU is made to run on the CPU too, where the gate is a pass behind dgrad. Gradients are compared with those
-of the model itself in float64.
+What runs on a GPU is made to run on the CPU too, where the gate is a pass behind dgrad. Gradients are compared with
+those of the model itself in float64.
 """
 
 from __future__ import annotations
@@ -70,8 +70,9 @@ class Residual(nn.Module):
 def vgg() -> nn.Module:
     return nn.Sequential(
         nn.Conv2d(6, 8, 3, padding=1), nn.ReLU(inplace=True), nn.Conv2d(8, 8, 3, padding=1), nn.ReLU(inplace=True),
-        nn.MaxPool2d(2), nn.Conv2d(8, 12, 3, padding=1, groups=2), nn.ReLU(),
-        nn.Conv2d(12, 12, 3, stride=2, bias=False), nn.ReLU(), nn.Conv2d(12, 4, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3),
+        nn.MaxPool2d(2),
+        nn.Conv2d(8, 12, 3, padding=1, groups=2), nn.ReLU(), nn.Conv2d(12, 12, 3, stride=2, bias=False), nn.ReLU(),
+        nn.Conv2d(12, 4, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3),
     )  # fmt: skip
 
 
