@@ -11,8 +11,8 @@ Tolerance follows the arithmetic, per output, n being the number of products sum
     eps(output) * |ref| + factor * sqrt(n) * eps(accumulate) * conv(|x|, |w|)
 
 With an epilogue, what the convolution may be off by goes through it: scaled, and enlarged by the activation's largest
-slope; each of its steps may be rounded to the output's type, as torch's own modules one after the other do. Where a gate
-is closed the result must be 0.
+slope; each of its steps may be rounded to the output's type, as torch's own modules one after the other do. Where a
+gate is closed the result must be 0.
 
 Hardware that keeps fewer bits of a running fp8 sum than float32 has (`SUM_BITS`) may lose on top of that
 `SHORT_SUM_FACTOR * eps(those bits) * conv(|x|, |w|)`. Where an output leaves the range of an integer or fp8 type it is

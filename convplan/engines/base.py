@@ -35,9 +35,9 @@ Run = Callable[..., "torch.Tensor"]
 """What a built candidate is: `run(first, second, bias, out)`, with the problem's two inputs in order.
 
 For a problem whose epilogue is not plain it is called as `run(first, second, bias, out, residual, scale)`, with None
-for what the epilogue does not have; where it has statistics, with one argument more, the tensor that they are written
-to: float32, (2, K), contiguous; where it has a gate, with that as one argument more. Returns a tensor with the dims and strides of `problem.output`: a new one, or `out`
-when that is given (any strides). `out` shares no memory with what is read.
+for what the epilogue does not have. With statistics it is given one argument more, the tensor that they are written to
+(float32, (2, K), contiguous), and with a gate that tensor. Returns a tensor with the dims and strides of
+`problem.output`: a new one, or `out` when that is given (any strides). `out` shares no memory with what is read.
 """
 
 

@@ -29,7 +29,7 @@ from convplan._errors import FuseError, SpecError
 from convplan._policy import Policy
 from convplan.torch_ops import fuse_patterns as patterns
 from convplan.torch_ops.fuse import FusionReport, recorded
-from convplan.torch_ops.fuse_graphs import Chain, Fused, Rewriting, Traced, Tracer, traced
+from convplan.torch_ops.fuse_graphs import Chain, Fused, Rewriting, Traced, Tracer, Untraceable, traced
 from convplan.torch_ops.gated import RELU
 from convplan.torch_ops.gated_call import GatedCall
 from convplan.torch_ops.normalized_call import NormalizedCall, Place
@@ -99,8 +99,21 @@ def _sharing_copy(model: nn.Module) -> nn.Module:
         raise FuseError(model=type(model).__name__, reason=f"it cannot be copied: {exc}") from exc
 
 
+def _modes() -> tuple[Any, ...]:
+    """Switches that a graph has no room for: gradients and autocast."""
+    kinds = ("cpu", "cuda")
+    autocast = [(torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in kinds]
+    return torch.is_grad_enabled(), torch.is_inference_mode_enabled(), *autocast
+
+
 class _TrainingTracer(Tracer):
     """Traces what a module asks of its own mode as something that is looked up when the code runs."""
+
+    def create_node(self, *args: Any, **kwargs: Any) -> Node:
+        """A node of the graph."""
+        if _modes() != self._modes:
+            raise Untraceable("it switches gradients or autocast on or off")
+        return super().create_node(*args, **kwargs)
 
     def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> Any:
         """Its arguments; from here on its modules are being traced."""
@@ -113,6 +126,7 @@ class _TrainingTracer(Tracer):
 
     def trace(self, root: Any, concrete_args: Any = None) -> Graph:
         """A graph, in which modes that nobody asked for are not looked up."""
+        self._modes = _modes()
         modes = [(one, one.training) for one in root.modules()]
         try:
             graph = super().trace(root, concrete_args)

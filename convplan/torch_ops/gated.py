@@ -147,7 +147,8 @@ class _GateCaller:
             except ConvPlanError as exc:
                 note_fallback(exc)
         result = last_resort(self._problem.core)(grad, weight, None, None)
-        return torch.ops.aten.threshold_backward.grad_input(result, gate, 0, grad_input=result)
+        closed: Tensor = torch.ops.aten.threshold_backward.grad_input(result, gate, 0, grad_input=result)
+        return closed
 
 
 class Gated(torch.autograd.Function):

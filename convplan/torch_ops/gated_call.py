@@ -107,7 +107,7 @@ class GatedCall:
         result: Tensor = conv(x)
         if not self._ends:
             return result
-        return torch.relu(result) if relu is None else relu(result)  # type: ignore[no-any-return]
+        return torch.relu(result) if relu is None else relu(result)
 
     def _step(self, conv: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Step | None:
         try:
