@@ -1,4 +1,4 @@
-"""A gate behind dgrad on a GPU: every plan against float64, and restored; a VGG-like step beside torch's, in a graph."""
+"""ReLU's backward pass behind dgrad on a GPU: every plan against float64, and training steps beside stock torch's."""
 
 from __future__ import annotations
 
