@@ -169,24 +169,27 @@ def test_a_step_is_as_right_as_stock_torchs(
     mine, other = step(fused, x, dtype, scale), step(stock, x, dtype, scale)
     assert masks == [True] * 3
     assert convplan.stats()["failed"] == 0
+    findings[f"gates {dtype}"] = compared(mine, other, right)
+
+
+def compared(mine: dict[str, Tensor], other: dict[str, Tensor], right: dict[str, Tensor]) -> dict[str, str]:
+    """How far a step is from the exact one, which is not much further than stock torch's."""
     told = {}
     for key, value in right.items():
         size, off, allowed = (float(one.norm()) for one in (value, mine[key] - value, other[key] - value))
         told[key] = f"off by {off / size:.3g}, stock torch {allowed / size:.3g}"
         assert off <= 1.5 * allowed + 1e-3 * size, told
-    findings[f"gates {dtype}"] = told
+    return told
 
 
 def test_a_gate_that_is_not_worth_it_is_left_out(masks: list[bool]) -> None:
     """Whatever won: gradients are those of the model."""
     model, x = built()
-    exact = copy.deepcopy(model).double()
+    exact, stock = copy.deepcopy(model).double(), copy.deepcopy(model)
     fused = convplan.fuse_training(model, policy=QUICK)
-    right = step(exact, x.double(), None)
     for _ in range(2):
         mine = step(fused, x, torch.bfloat16)
-    for key, value in right.items():
-        assert float((mine[key] - value).norm()) <= 0.05 * float(value.norm())
+    compared(mine, step(stock, x, torch.bfloat16), step(exact, x.double(), None))
     assert all(masks)
 
 
