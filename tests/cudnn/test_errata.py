@@ -66,7 +66,7 @@ def ask(
 
 CONDITIONS = [
     ("operations", ["fprop", "wgrad"], ["dgrad", "wgrad"]),
-    ("graphs", ["convolution"], ["specialised", "general"]),
+    ("graphs", ["convolution"], ["specialised", "general", "statistics"]),
     ("engines", [1, 5], [1, 50]),
     ("knobs", {"split_k": 2}, {"split_k": 3}),
     ("knobs", {"split_k": 2, "tile_size": 3}, {"split_k": 2, "tile_size": 4}),
@@ -107,15 +107,16 @@ def test_there_is_a_row_for_every_condition() -> None:
 @pytest.mark.parametrize(
     ("conditions", "dropped"),
     [
-        ({"operations": ["fprop"]}, ["convolution", "specialised", "general"]),
+        ({"operations": ["fprop"]}, ["convolution", "specialised", "general", "statistics"]),
         ({"engines": [5]}, ["convolution"]),
         ({"engines": [5], "graphs": ["general"]}, ["general"]),
+        ({"engines": [5], "graphs": ["statistics"]}, ["statistics"]),
         ({"graphs": ["specialised", "general"]}, ["specialised", "general"]),
     ],
-    ids=["no-engine", "an-engine", "an-engine-of-one-kind", "kinds"],
+    ids=["no-engine", "an-engine", "an-engine-of-one-kind", "an-engine-with-statistics", "kinds"],
 )
 def test_engines_are_counted_anew_for_each_kind_of_graph(conditions: dict[str, Any], dropped: list[str]) -> None:
-    kinds: tuple[GraphKind, ...] = ("convolution", "specialised", "general")
+    kinds: tuple[GraphKind, ...] = ("convolution", "specialised", "general", "statistics")
     assert [kind for kind in kinds if ask(rule(**conditions), graph=kind)] == dropped
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -89,3 +90,17 @@ def test_a_plan_that_writes_its_sums_elsewhere_is_refused(cudnn: CudnnEngine) ->
     assert swapped != text
     with pytest.raises(PlanRejected, match="operationGraph"):
         cudnn.restore_execution_plan(problem, compiled, swapped.encode())
+
+
+@pytest.mark.parametrize(("graph", "dropped"), [("general", False), ("statistics", True)])
+def test_errata_of_other_graphs_leave_them_alone(
+    graph: str, dropped: bool, cudnn: CudnnEngine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Engine 2 is a ready-made one here, and a compiled one of the general form."""
+    rule = {"id": "two", "reason": "not it", "source": "https://example.com/two", "engines": [2], "graphs": [graph]}
+    path = tmp_path / "errata.json"
+    path.write_text(json.dumps({"schema": 1, "rules": [rule]}), encoding="utf-8")
+    monkeypatch.setenv("CONVPLAN_ERRATA", str(path))
+    candidates = [one for one in cudnn.configs(layer(), "measure") if one.config.knob("engine") == 2]
+    assert candidates
+    assert {bool(one.refused) for one in candidates} == {dropped}

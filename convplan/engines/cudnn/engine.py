@@ -3,7 +3,8 @@
 A configuration's knobs are `engine`, cuDNN's index of the engine, and cuDNN's own knobs by name. Two knobs are ours:
 
     dense   1: strided inputs are copied into a dense layout first, for engines that need one
-    fused   what follows the convolution is in its graph; 1: in the general form, 2: in the specialised one (`fusion`)
+    fused   what follows the convolution is in its graph; 1: in the general form and with statistics, 2: in
+            the specialised one (`fusion`)
 
 cuDNN counts engines anew for each kind of graph: number 10 of a convolution and number 10 of the same one with a ReLU
 behind it are two engines, which `fused` tells apart.
@@ -273,7 +274,7 @@ def _candidate(
         cudnn_version=target.library.version,
         compute_capability=target.compute_capability,
         notes=configuration.notes.numerical,
-        graph=_GRAPH_KINDS[knobs.get("fused", 0)],
+        graph="statistics" if problem.epilogue.statistics else _GRAPH_KINDS[knobs.get("fused", 0)],
     )
     if not refused and COMPILED in configuration.notes.behavior and not target.library.can_compile:
         refused = "it is compiled at run time, and what that needs is missing; `convplan doctor` says what"

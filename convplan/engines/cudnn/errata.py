@@ -52,8 +52,8 @@ Capability = Annotated[str, msgspec.Meta(pattern=r"^[0-9]{1,2}\.[0-9]{1,2}$")]
 Size = Annotated[int, msgspec.Meta(ge=0, le=2**62)]
 _values = msgspec.Meta(max_length=MAX_VALUES)
 # What is in an operation graph: a convolution alone (a bias may be added to it later), or also what follows it, in one
-# of the two forms of `fusion`.
-GraphKind = Literal["convolution", "specialised", "general"]
+# of the two forms of `fusion`, or statistics of its result.
+GraphKind = Literal["convolution", "specialised", "general", "statistics"]
 
 
 def version_number(text: str) -> int:
@@ -138,7 +138,8 @@ class ErrataRule(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
         source: the public thread or document that says so, or the file in this project that shows it.
         operations: `fprop`, `dgrad`, `wgrad`.
         engines: global indices of cuDNN's engines, which it counts anew for each kind of graph.
-        graphs: kinds of graph: `convolution`, and for what follows one in the same graph `specialised` or `general`.
+        graphs: kinds of graph: `convolution`, for what follows one in the same graph `specialised` or `general`, and
+            `statistics` where that is the sums of its channels.
             Left out, a rule that names engines is about those of a convolution alone, any other about all kinds.
         knobs: values the configuration must have, all of them, by cuDNN's names of knobs in lower case; a number or a
             range.
