@@ -164,7 +164,7 @@ def _floats(y: Tensor, *dims: int) -> Tensor:
 def _like(y: Tensor) -> Tensor:
     """Memory for what lies as `y` does, which is dense."""
     if _allocate is not None and y.get_device() == _current_device():
-        return _allocate(y.shape, y.stride(), y.dtype)
+        return _allocate(tuple(y.shape), y.stride(), y.dtype)  # it takes plain tuples alone
     return torch.empty_like(y)
 
 

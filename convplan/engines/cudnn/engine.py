@@ -105,10 +105,11 @@ class CudnnEngine:
         found: dict[EngineConfig, Candidate] = {}
         errata = Errata.load()
         graphs = list(_graphs(problem, target))
-        if effort == "instant":
-            # Some engines take strided inputs and compute something else of them (cuDNN 9.19, H200). A plan that runs
-            # unverified copies them, as stock torch does.
-            graphs.sort(key=lambda variant: "dense" not in variant[0])
+        if effort != "exhaustive" and is_strided(problem):
+            # Some engines take strided inputs and compute something else of them, or read where nothing is and take the
+            # process's GPU away with them (cuDNN 9.19, H200). Only a worker process tries that; all else copies such
+            # inputs, as stock torch does.
+            graphs = [variant for variant in graphs if "dense" in variant[0]]
         for knobs, graph in graphs:
             for source in _SOURCES[effort]:
                 for configuration in heuristic_configurations(graph, target, source):
