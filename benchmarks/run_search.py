@@ -440,7 +440,8 @@ def stream_rows(raw: dict[str, Any]) -> list[tuple[str, str, str, str]]:
         count = min(len(stock["times_ms"]), len(mine["times_ms"]))
         stock_s, mine_s = (sum(run["times_ms"][:count]) / 1e3 for run in (stock, mine))
         name = f"{count} image sizes, {mine['side']}: total"
-        rows.append((name, f"<= {stock_s:.1f} s, stock's", f"{mine_s:.1f} s", ""))
+        late = "" if mine_s <= stock_s else where_late(stock["times_ms"][:count], mine["times_ms"][:count])
+        rows.append((name, f"<= {stock_s:.1f} s, stock's", f"{mine_s:.1f} s", late))
         known = [row for row in mine["regrets"] if row["regret"] is not None]
         if known:
             values = [row["regret"] for row in known]
@@ -454,6 +455,17 @@ def stream_rows(raw: dict[str, Any]) -> list[tuple[str, str, str, str]]:
             told = f"median {statistics.median(values):.3f}, worst {max(values):.3f} of {len(values)} layers"
             rows.append(("the same: regret in its second half", "<= 1.05", told, "; ".join(far)))
     return rows
+
+
+def where_late(stock_ms: list[float], mine_ms: list[float]) -> str:
+    """What made a stream longer than stock torch's: few images, or most of them."""
+    far = [mine - stock for stock, mine in zip(stock_ms, mine_ms, strict=True) if mine > 2 * stock]
+    faster = sum(mine < stock for stock, mine in zip(stock_ms, mine_ms, strict=True))
+    middle = f"{statistics.median(mine_ms):.0f} ms an image in the middle against {statistics.median(stock_ms):.0f}"
+    return (
+        f"{faster} of {len(mine_ms)} images were faster than stock's, {middle}; {len(far)} took over twice as long, "
+        f"{sum(far) / 1e3:.1f} s longer together"
+    )
 
 
 def told(one: dict[str, Any], raw: dict[str, Any]) -> str:

@@ -365,8 +365,9 @@ def test_strided_inputs_are_read_as_they_are_or_copied_first(op: str, cudnn: Cud
     assert read[0]["stride"] == [*getattr(problem, first).strides]
     assert read[1]["stride"] == [*channels_last_strides(read[1]["dim"])], "the layout of the others"
     # Some engines read where nothing is, so that only a worker process tries them on such inputs.
-    safe = {candidate.config for candidate in by_copy[1] if not candidate.refused}
-    assert safe >= {candidate.config for candidate in cudnn.configs(problem, "measure") if not candidate.refused} > set()
+    measured = {candidate.config for candidate in cudnn.configs(problem, "measure")}
+    assert measured
+    assert measured <= {candidate.config for candidate in by_copy[1]}
 
 
 @pytest.mark.parametrize("op", OPS)
