@@ -278,6 +278,25 @@ def test_gradients_of_both_orders_are_right(name: str, everywhere: bool) -> None
     assert torch.autograd.gradgradcheck(run, given, fast_mode=True, atol=1e-4)
 
 
+def test_what_ran_a_step_before_is_asked_again_under_another_policy(runs: list[str]) -> None:
+    fused = convplan.fuse_training(nn.Sequential(nn.Conv2d(4, 6, 3), nn.BatchNorm2d(6), nn.ReLU()))
+    x = torch.randn(3, 4, 8, 8, requires_grad=True)
+
+    def step() -> dict[str, int]:
+        convplan.stats(reset=True)
+        fused(x).square().mean().backward()
+        return convplan.stats()
+
+    with convplan.enabled(QUICK):
+        step()
+        again = step()
+    assert (again["misses"], again["hits"]) == (0, 3)
+    with convplan.enabled(QUICK.replace(deterministic=True)):
+        assert step()["misses"] == 3
+        assert step()["misses"] == 0
+    assert len(runs) == 4
+
+
 def test_an_optimizer_comes_to_the_same_parameters(everywhere: bool) -> None:
     model, fused, x = pair("bottleneck")
     optimizers = [torch.optim.SGD(one.parameters(), lr=0.05, momentum=0.9) for one in (model, fused)]
