@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import platform
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -15,6 +17,7 @@ from convplan.engines.cudnn.configs import forget_choices
 from convplan.engines.cudnn.descriptors import live_descriptors
 from convplan.engines.cudnn.device import Device, load_for_absent_gpu
 from convplan.engines.cudnn.engine import CudnnEngine
+from convplan.engines.cudnn.enums import Attribute, AttributeType
 from convplan.engines.cudnn.graph import forget_parts
 from convplan.engines.cudnn.library import Library
 from convplan.engines.cudnn.target import Target
@@ -52,6 +55,29 @@ def target(library: Library, h200: Device) -> Target:
 def cudnn(target: Target) -> CudnnEngine:
     """The engine for that GPU."""
     return CudnnEngine(target)
+
+
+@pytest.fixture
+def packed(library: Library, monkeypatch: pytest.MonkeyPatch) -> list[dict[Attribute, list[int]]]:
+    """What each variant pack was given, for cuDNN does not give that back: numbers read at the addresses it got."""
+    given: list[dict[Attribute, list[int]]] = []
+    create, set_attribute, finalize = library.packing_unchecked
+    numbers = {AttributeType.INT64: ctypes.c_int64, AttributeType.VOID_PTR: ctypes.c_size_t}
+
+    def creating(*arguments: Any) -> int:
+        given.append({})
+        return int(create(*arguments))
+
+    def setting(pack: Any, attribute: Any, kind: Any, count: Any, values: Any) -> int:
+        status = int(set_attribute(pack, attribute, kind, count, values))
+        found = (numbers[AttributeType(kind.value)] * count.value).from_address(
+            ctypes.addressof(getattr(values, "_obj", values))
+        )
+        given[-1][Attribute(attribute.value)] = list(found)
+        return status
+
+    monkeypatch.setattr(library, "packing_unchecked", (creating, setting, finalize))
+    return given
 
 
 @pytest.fixture

@@ -22,9 +22,8 @@ from convplan import EngineConfig, Epilogue, PlanRejected, Policy, Problem, Tens
 from convplan._ahead import AheadBuilder
 from convplan._problem import READS, WRITES
 from convplan.engines.cudnn import engine as engines
-from convplan.engines.cudnn import plans, running
+from convplan.engines.cudnn import running
 from convplan.engines.cudnn.configs import heuristic_configurations
-from convplan.engines.cudnn.descriptors import Descriptor
 from convplan.engines.cudnn.device import Device
 from convplan.engines.cudnn.engine import COMPILED, GENERAL, MOST_COMPILED, SPECIALISED, CudnnEngine
 from convplan.engines.cudnn.enums import Attribute
@@ -509,21 +508,15 @@ def test_every_set_of_tensors_has_a_reader() -> None:
 
 
 def test_a_pack_of_a_fused_plan_has_every_tensor_and_constant(
-    cudnn: CudnnEngine, monkeypatch: pytest.MonkeyPatch
+    cudnn: CudnnEngine, packed: list[dict[Attribute, list[int]]]
 ) -> None:
     problem = fused(bias=True, residual=True, activation="relu")
     plan = cudnn.build_execution_plan(problem, cudnn.configs(problem, "measure")[0].config)
-    given: dict[Attribute, Any] = {}
-
-    class Recording(Descriptor):
-        def set(self, attribute: Attribute, value: object, **more: Any) -> Descriptor:
-            given[attribute] = value
-            return super().set(attribute, value, **more)
-
-    monkeypatch.setattr(plans, "Descriptor", Recording)
     plan.pack((0x100, 0x200, 0x300, 0x400, 0x500, 0x600))
+    (given,) = packed
     assert "".join(map(chr, given[Attribute.VARIANT_PACK_UNIQUE_IDS])) == "xwyzb"
-    assert given[Attribute.VARIANT_PACK_WORKSPACE] == 0x600
+    assert given[Attribute.VARIANT_PACK_DATA_POINTERS] == [0x100, 0x200, 0x300, 0x400, 0x500]
+    assert given[Attribute.VARIANT_PACK_WORKSPACE] == [0x600]
 
 
 def test_strided_inputs_are_copied_in_each_form(cudnn: CudnnEngine) -> None:

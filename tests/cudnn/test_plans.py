@@ -258,41 +258,22 @@ def test_what_keeps_failing_is_rejected_with_cudnns_words(
 # ---- the addresses that a run gets
 
 
-@pytest.fixture
-def packed(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[dict[Attribute, Any]]]:
-    """What every descriptor was given by `plans`. cuDNN does not give the contents of a variant pack back."""
-    given: list[dict[Attribute, Any]] = []
-
-    class Recording(Descriptor):
-        def __init__(self, *arguments: Any) -> None:
-            super().__init__(*arguments)
-            given.append({})
-
-        def set(self, attribute: Attribute, value: object, **more: Any) -> Descriptor:
-            given[-1][attribute] = value
-            return super().set(attribute, value, **more)
-
-    monkeypatch.setattr(plans, "Descriptor", Recording)
-    return given
-
-
 @pytest.mark.behaviour("B27")
 @pytest.mark.behaviour("B28")
 @pytest.mark.parametrize("op", OPS)
 def test_the_output_is_the_tensor_that_the_operation_writes(
-    op: str, cudnn: CudnnEngine, packed: list[dict[Attribute, Any]]
+    op: str, cudnn: CudnnEngine, packed: list[dict[Attribute, list[int]]]
 ) -> None:
     """Addresses come as first input, second input, output, workspace; the graph's identifiers say which is which."""
     problem = small(op)
     plan = cudnn.build_execution_plan(problem, cudnn.configs(problem, "instant")[0].config)
-    packed.clear()
     plan.pack((0x1000, 0x2000, 0x3000, 0x4000))
     (given,) = packed
     letters = map(chr, given[Attribute.VARIANT_PACK_UNIQUE_IDS])
     by_letter = dict(zip(letters, given[Attribute.VARIANT_PACK_DATA_POINTERS], strict=True))
     first, second, output = LETTERS[op]
     assert by_letter == {first: 0x1000, second: 0x2000, output: 0x3000}
-    assert given[Attribute.VARIANT_PACK_WORKSPACE] == 0x4000
+    assert given[Attribute.VARIANT_PACK_WORKSPACE] == [0x4000]
     (node,) = json.loads(plan.serialize())["operationGraph"]["nodes"]
     written = {"fprop": "Y", "dgrad": "dX", "wgrad": "dW"}[op]
     assert chr(int(node[written])) == output
@@ -311,6 +292,36 @@ def test_packs_are_kept_by_their_addresses_and_not_without_end(cudnn: CudnnEngin
     assert addresses in plan.packs
     assert (0, 16, 32, 0) not in plan.packs, "the oldest went"
     assert live_descriptors() == before + MOST_PACKS
+
+
+@pytest.mark.usefixtures("target", "no_descriptor_left")
+@pytest.mark.parametrize("place", range(3), ids=["create", "set", "finalize"])
+def test_a_pack_that_cannot_be_made_says_why_and_leaves_nothing(
+    place: int, cudnn: CudnnEngine, library: Library, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = cudnn.build_execution_plan(small(), EngineConfig.of("cudnn", **BASE))
+    calls = list(library.packing_unchecked)
+    calls[place] = lambda *arguments: int(Status.INTERNAL_ERROR_HOST_ALLOCATION_FAILED)
+    name = ("CreateDescriptor", "SetAttribute", "Finalize")[place]
+    before = live_descriptors()
+    with monkeypatch.context() as patch:
+        patch.setattr(library, "packing_unchecked", tuple(calls))
+        with pytest.raises(
+            CudnnError, match=rf"cudnnBackend{name}\(VARIANT_PACK\) returned INTERNAL_ERROR_HOST"
+        ) as why:
+            plan.pack((16, 32, 48, 0))
+    assert why.value.out_of_memory
+    assert plan.packs == {}
+    del why
+    assert live_descriptors() == before
+    assert plan.pack((16, 32, 48, 0)).value
+
+
+def test_a_pack_of_too_few_addresses_is_refused(cudnn: CudnnEngine) -> None:
+    plan = cudnn.build_execution_plan(small(), EngineConfig.of("cudnn", **BASE))
+    for wrong in ((), (16, 32, 48), (16, 32, 48, 64, 0)):
+        with pytest.raises(ValueError, match=f"found {len(wrong)} addresses, expected 3 and the workspace's"):
+            plan.pack(wrong)
 
 
 @pytest.mark.behaviour("B36")

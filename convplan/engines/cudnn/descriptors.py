@@ -368,14 +368,14 @@ class Descriptor:
             array = (c_void_p * at_most)(*stock.pointers)
             count = min(self._get(attribute, AttributeType.BACKEND_DESCRIPTOR, at_most, array), at_most)
             filled, stock.pointers = stock.pointers[:count], stock.pointers[count:]
-            return [Descriptor._adopt(self.library, kind, pointer) for pointer in filled]
+            return [Descriptor.adopt(self.library, kind, pointer) for pointer in filled]
         finally:
             if spare is None:
                 stock.close()
 
     @classmethod
-    def _adopt(cls, library: Library, kind: DescriptorType, pointer: int) -> Descriptor:
-        """A descriptor that the library has filled and finalized."""
+    def adopt(cls, library: Library, kind: DescriptorType, pointer: int) -> Descriptor:
+        """A descriptor that the library has filled and finalized, or that the caller is about to."""
         made = cls.__new__(cls)
         made.library, made.kind, made.pointer, made.finalized = library, kind, pointer, True
         made._given, made._owned = set(), {}

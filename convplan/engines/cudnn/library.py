@@ -111,6 +111,7 @@ class Library:
         loaded: the parts beside it: sublibraries and NVRTC.
         has_nvrtc: NVRTC is loaded.
         execute_unchecked: `cudnnBackendExecute` for the hot path; it takes `c_void_p` only, which nothing checks.
+        packing_unchecked: so with `cudnnBackendCreateDescriptor`, `SetAttribute` and `Finalize`.
         has_runtime_compiled: so are the engines that are compiled at run time.
     """
 
@@ -121,6 +122,8 @@ class Library:
             function.restype, function.argtypes = result, arguments
         # The same function once more: ctypes takes 0.1 us for looking at the types of three pointers.
         self.execute_unchecked = cdll["cudnnBackendExecute"]
+        making = ("CreateDescriptor", "SetAttribute", "Finalize")
+        self.packing_unchecked = tuple(cdll[f"cudnnBackend{name}"] for name in making)
         self.version = int(cdll.cudnnGetVersion())
         self.cuda_major = int(cdll.cudnnGetCudartVersion()) // 1000
         nvrtc = _load_nvrtc(self.cuda_major, Path(path).parent)

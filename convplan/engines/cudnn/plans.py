@@ -1,20 +1,22 @@
 """cuDNN's execution plans: built or restored, with their workspace, run on pointers.
 
 A plan knows addresses and streams, and nothing of torch's tensors; those are `engine`'s. Making a variant pack (the
-addresses that a run reads and writes) costs as much as the run's launch, and a finalised one cannot be changed. Since
-torch's allocator hands out the same addresses again and again, each plan keeps its packs of the last few sets of them.
+addresses that a run reads and writes) costs about as much as the run's launch, and a finalised one cannot be changed.
+Torch's allocator hands out the same addresses again and again, so each plan keeps its packs of the last few sets of
+them; but a loop over new sizes has new addresses all the time, and training settles on its own only after a hundred
+steps. So packs are made with the five calls of cuDNN that it takes, and nothing beside.
 """
 
 from __future__ import annotations
 
-import ctypes
 import threading
 from collections.abc import Mapping
+from ctypes import Array, byref, c_int, c_int64, c_void_p
 from typing import TYPE_CHECKING, NoReturn
 
 from convplan.engines.cudnn.configs import engine_configuration
 from convplan.engines.cudnn.descriptors import CudnnError, Descriptor, check
-from convplan.engines.cudnn.enums import Attribute, DescriptorType
+from convplan.engines.cudnn.enums import Attribute, AttributeType, DescriptorType
 from convplan.engines.cudnn.library import clear_cuda_error
 
 if TYPE_CHECKING:
@@ -25,11 +27,18 @@ MOST_PACKS = 256  # of one plan, which all layers of the same sizes share; each 
 MOST_JSON_BYTES = 16 * 2**20  # of a serialized plan; fused ones have about 0.1 MB
 
 
-_packs_lock = threading.Lock()  # of all plans: packs are made seldom
+_packs_lock = threading.Lock()  # of all plans: held for a dictionary's sake
+
+# As the C calls take them, made once: ctypes would make them from numbers at every call.
+_VARIANT_PACK = c_int(DescriptorType.VARIANT_PACK)
+_INT64, _VOID_PTR = c_int(AttributeType.INT64), c_int(AttributeType.VOID_PTR)
+_UNIQUE_IDS = c_int(Attribute.VARIANT_PACK_UNIQUE_IDS)
+_DATA_POINTERS = c_int(Attribute.VARIANT_PACK_DATA_POINTERS)
+_WORKSPACE, _ONE = c_int(Attribute.VARIANT_PACK_WORKSPACE), c_int64(1)
 
 
-class Pack(ctypes.c_void_p):
-    """A variant pack as the C call takes it, made once: ctypes would make it from a number at every call."""
+class Pack(c_void_p):
+    """A variant pack as `cudnnBackendExecute` takes it."""
 
     descriptor: Descriptor  # owns it
 
@@ -48,12 +57,14 @@ class ExecutionPlan:
     Concurrency: may be executed by several threads at once, each with a handle of its own.
     """
 
-    __slots__ = ("_execute", "_uids", "descriptor", "packs", "workspace_bytes")
+    __slots__ = ("_execute", "_given", "_pointers", "_uids", "descriptor", "packs", "workspace_bytes")
 
     def __init__(self, descriptor: Descriptor, uids: tuple[int, ...]) -> None:
         self.descriptor = descriptor
         self.workspace_bytes = int(descriptor.get_one(Attribute.EXECUTION_PLAN_WORKSPACE_SIZE))
-        self._uids = uids
+        self._uids = (c_int64 * len(uids))(*uids)
+        self._given = c_int64(len(uids))
+        self._pointers: type[Array[c_void_p]] = c_void_p * len(uids)
         self.packs: dict[tuple[int, ...], Pack] = {}
         self._execute = descriptor.library.cdll.cudnnBackendExecute
 
@@ -87,13 +98,31 @@ class ExecutionPlan:
         raise AssertionError("convplan bug: success is no failure")
 
     def pack(self, addresses: tuple[int, ...]) -> Pack:
-        """A new variant pack for these addresses, kept in `packs`."""
-        descriptor = Descriptor(self.descriptor.library, DescriptorType.VARIANT_PACK)
-        descriptor.set(Attribute.VARIANT_PACK_UNIQUE_IDS, self._uids)
-        descriptor.set(Attribute.VARIANT_PACK_DATA_POINTERS, addresses[:-1])
-        descriptor.set(Attribute.VARIANT_PACK_WORKSPACE, addresses[-1])
-        pack = Pack(descriptor.finalize().pointer)
-        pack.descriptor = descriptor
+        """A new variant pack for these addresses, kept in `packs`.
+
+        Raises:
+            CudnnError: it could not be made.
+            ValueError: there are more addresses than tensors and a workspace, or fewer.
+        """
+        if len(addresses) != len(self._uids) + 1:
+            raise ValueError(f"found {len(addresses)} addresses, expected {len(self._uids)} and the workspace's")
+        library, count = self.descriptor.library, self._given
+        create, set_attribute, finalize = library.packing_unchecked
+        pack = Pack()
+        status = create(_VARIANT_PACK, byref(pack))
+        if status:
+            check(library, status, "cudnnBackendCreateDescriptor", DescriptorType.VARIANT_PACK.name)
+        pack.descriptor = Descriptor.adopt(library, DescriptorType.VARIANT_PACK, pack.value or 0)
+        status = (
+            set_attribute(pack, _UNIQUE_IDS, _INT64, count, self._uids)
+            or set_attribute(pack, _DATA_POINTERS, _VOID_PTR, count, self._pointers(*addresses[:-1]))
+            or set_attribute(pack, _WORKSPACE, _VOID_PTR, _ONE, byref(c_void_p(addresses[-1])))
+        )
+        if status:
+            check(library, status, "cudnnBackendSetAttribute", DescriptorType.VARIANT_PACK.name)
+        status = finalize(pack)
+        if status:
+            check(library, status, "cudnnBackendFinalize", DescriptorType.VARIANT_PACK.name)
         with _packs_lock:
             while len(self.packs) >= MOST_PACKS:  # the oldest goes
                 del self.packs[next(iter(self.packs))]
