@@ -230,31 +230,44 @@ class On(NamedTuple):
         return self.address
 
 
-def test_what_is_compiled_is_launched_again_for_the_same_kinds_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    ready = pytest.importorskip("convplan.kernels.ready")
-    monkeypatch.setattr(ready, "_ready", {})
-    monkeypatch.setattr(ready, "_current_device", lambda: 0)
-    monkeypatch.setattr(ready, "_raw_stream", lambda index: 77)
+def test_what_is_compiled_is_launched_again_on_the_same_gpu_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = pytest.importorskip("convplan.kernels.ready")
+    monkeypatch.setattr(module, "_current_device", lambda: 0)
+    monkeypatch.setattr(module, "_raw_stream", lambda index: 77)
     kernel, cut = Asked(), choices.passing(100, 64)
     across, down = cut.grid
-    numbers = (3, "relu")
-    ready.launch(kernel, cut, (On(256), None), numbers)
-    assert (len(kernel.compiled), kernel.launched) == (1, [])
-    ready.launch(kernel, cut, (On(512), None), numbers)
+    ready = module.Ready(kernel, cut, (3, "relu"))
+    ready(0, On(520), None)  # what is compiled for an odd address is not kept
+    ready(0, On(256), None)
+    assert (len(kernel.compiled), kernel.launched) == (2, [])
+    ready(0, On(512), None)
     told = (across, down, 1, 77, "function", "packed", None, None, None)
-    assert (len(kernel.compiled), kernel.launched) == (1, [(*told, 512, None, 3, "relu")])
-    others = [
-        ((On(512, dtype=torch.bfloat16), None), numbers), ((On(512), On(512)), numbers), ((On(512), None), (4, "relu")),
-        ((On(512), None), (3, "none")), ((On(520), None), numbers),
-    ]  # fmt: skip
-    for number, arguments in enumerate(others):
-        ready.launch(kernel, cut, *arguments)
-        assert len(kernel.compiled) == number + 2
-    ready.launch(kernel, cut, *others[-1])  # at an odd address, it is Triton's to know what to do, each time
-    assert len(kernel.compiled) == len(others) + 2
-    monkeypatch.setattr(ready, "MOST_READY", 1)
-    ready.launch(kernel, cut, (On(512), None), (9, "relu"))
-    assert len(ready._ready) == 1
+    assert (len(kernel.compiled), kernel.launched) == (2, [(*told, 512, None, 3, "relu")])
+    for asked in (3, 4):  # at an odd address, it is Triton's to know what to do, each time
+        ready(0, On(520), None)
+        assert len(kernel.compiled) == asked
+    assert kernel.compiled[-1] == (cut.grid, cut.warps, On(520), None, 3, "relu")
+    monkeypatch.setattr(module, "_current_device", lambda: 1)
+    ready(1, On(512, 1), None)
+    assert (len(kernel.compiled), len(kernel.launched)) == (5, 1)
+    ready(1, On(512, 1), None)
+    assert (len(kernel.compiled), len(kernel.launched)) == (5, 2)
+
+
+def test_kernels_are_made_ready_for_each_kind_of_call() -> None:
+    launches = pytest.importorskip("convplan.kernels.launches")
+    half, bfloat16, float32, shape = torch.float16, torch.bfloat16, torch.float32, torch.Size((2, 8, 3, 3))
+    kinds = (float32, None, None, None, None)
+    given = (shape, half, False, True, kinds, 0.1, 1e-5, "relu", ())
+    one = launches._normalizing(*given)
+    assert launches._normalizing(torch.Size((2, 8, 3, 3)), *given[1:]) is one
+    others: dict[int, Any] = {
+        0: torch.Size((2, 8, 3, 4)), 1: bfloat16, 2: True, 3: False, 4: (half, *kinds[1:]), 5: 0.2, 6: 1e-4,
+        7: "elu", 8: (1.0,),
+    }  # fmt: skip
+    for place, other in others.items():
+        assert launches._normalizing(*given[:place], other, *given[place + 1 :]) is not one
+    assert launches._dtypes(torch.ones(1), None, torch.ones(1).half()) == (float32, None, half)
 
 
 def test_importing_the_package_imports_no_triton() -> None:

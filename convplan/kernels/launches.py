@@ -1,28 +1,35 @@
 """Triton's kernels called: what is allocated, which kernels, with which cut. The tensors are dense channels-last.
 
+What follows from sizes, dtypes and settings alone is worked out once for each of them (`_Summing` and so on), because a
+layer's kernels take less time on a GPU than deciding about them would on the host.
+
 The device may also be Triton's interpreter, which is how these run without a GPU. Importing this imports Triton.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from functools import lru_cache
+from typing import TYPE_CHECKING
 
 import torch
 
 from convplan.kernels import choices, sources
-from convplan.kernels.ready import launch
+from convplan.kernels.ready import Ready
 
 if TYPE_CHECKING:
     from convplan.kernels import Norm
 
 Tensor = torch.Tensor
 Parameters = tuple[float, ...]
+Dtypes = tuple[torch.dtype | None, ...]
 
+MOST_KEPT = 2048  # of each kind: sizes, dtypes and settings; one model's training has some dozens
 
 # As torch's own compiled code allocates on the current GPU; None where torch has no such function.
 _allocate: Callable[..., Tensor] | None = getattr(torch._C._dynamo.guards, "_empty_strided_cuda", None)
 _current_device: Callable[[], int] = getattr(torch._C, "_cuda_getDevice", lambda: -2)  # no tensor's device
+_float32 = torch.float32
 
 
 class Unusable(Exception):
@@ -31,16 +38,13 @@ class Unusable(Exception):
 
 def column_sums(y: Tensor, out: Tensor | None) -> Tensor:
     """Sums and sums of squares of each channel, float32 (2, K)."""
-    rows, columns = _matrix(y)
-    target = _floats(y, 2, columns) if out is None else out
-    cut = choices.reducing(rows, columns)
-    height = cut.grid[1]
-    partials = target if height == 1 else _floats(y, height, 2, columns)
-    align = choices.alignment(columns)
-    numbers = (rows, columns // align, cut.rows_each, align, cut.block_rows, cut.block_columns)
-    _launch(sources.sums, cut, (y, partials), numbers)
-    if height > 1:
-        _finish(partials, target, rows, cut.rows_each, False)
+    made = _summing(y.shape, y.dtype, None if out is None else out.dtype)
+    index = y.get_device()
+    target = _floats(y, index, made.pair) if out is None else out
+    partials = target if made.finish is None else _floats(y, index, made.parts)
+    _launch(made.sums, index, y, partials)
+    if made.finish is not None:
+        _launch(made.finish, index, partials, target)
     return target
 
 
@@ -48,29 +52,21 @@ def normalize(
     y: Tensor, sums: Tensor | None, norm: Norm, residual: Tensor | None, activation: str, parameters: Parameters
 ) -> tuple[Tensor, Tensor]:
     """One kernel where `sums` are given; else the moments first, and where they are many parts, a kernel for those."""
-    rows, columns = _matrix(y)
-    align = choices.alignment(columns)
-    units = columns // align
-    count, rows_of_count, kind = 1, rows, "sums"
-    given = sums
-    if given is None:
-        cut, kind = choices.reducing(rows, columns), "moments"
-        count, rows_of_count = cut.grid[1], cut.rows_each
-        given = _floats(y, count, 2, columns)
-        numbers = (rows, units, cut.rows_each, align, cut.block_rows, cut.block_columns)
-        _launch(sources.moments, cut, (y, given), numbers)
-        if count == 1 or count > choices.FEW_PARTIALS:
-            partials, given = given, _floats(y, 2, columns)
-            _finish(partials, given, rows, rows_of_count, True)
-            count = 1
-    out, saved = _like(y), _floats(y, 2, columns)
-    cut = choices.passing(rows, columns, count)
-    _launch(
-        sources.normalize, cut,
-        (y, residual, out, given, norm.weight, norm.bias, norm.running_mean, norm.running_var, saved),
-        (float(norm.momentum), float(norm.eps), rows, units, cut.rows_each, count, rows_of_count, kind, activation,
-         *_two(parameters), align, choices.power_of_two(count), cut.block_rows, cut.block_columns),
+    weight, bias, running_mean, running_var, momentum, eps = norm
+    made = _normalizing(
+        y.shape, y.dtype, sums is None, residual is None, _dtypes(weight, bias, running_mean, running_var, sums),
+        momentum, eps, activation, parameters,
     )  # fmt: skip
+    index, given = y.get_device(), sums
+    if given is None:
+        assert made.moments is not None  # such it is
+        given = _floats(y, index, made.parts)
+        _launch(made.moments, index, y, given)
+        if made.finish is not None:
+            partials, given = given, _floats(y, index, made.pair)
+            _launch(made.finish, index, partials, given)
+    out, saved = _like(y, index, made.shape), _floats(y, index, made.pair)
+    _launch(made.normalize, index, y, residual, out, given, weight, bias, running_mean, running_var, saved)
     return out, saved
 
 
@@ -86,32 +82,25 @@ def normalize_backward(
     wants_y: bool,
 ) -> tuple[Tensor | None, Tensor, Tensor]:
     """The gradients of y, of what was added behind the normalization, and (2, K) the sums for bias and weight."""
-    rows, columns = _matrix(y)
-    align = choices.alignment(columns)
-    units, numbers = columns // align, _two(parameters)
-    g = None if other is None or activation == "none" else _like(y)
-    cut = choices.reducing(rows, columns)
-    count = cut.grid[1]
-    totals = _floats(y, 2, columns)
-    partials = totals if count == 1 else _floats(y, count, 2, columns)
-    _launch(
-        sources.backward_sums, cut,
-        (grad, y, None if activation == "none" else other, saved, norm.weight, norm.bias, g, partials),
-        (rows, units, cut.rows_each, from_output, activation, *numbers, align, cut.block_rows, cut.block_columns),
-    )  # fmt: skip
-    if count > 1 and (count > choices.FEW_PARTIALS or not wants_y):
-        _finish(partials, totals, rows, cut.rows_each, False)
-        partials, count = totals, 1
+    weight, bias = norm.weight, norm.bias
+    if activation == "none":
+        other = None
+    made = _going_back(
+        y.shape, y.dtype, other is None, from_output, _dtypes(weight, bias, saved), activation, parameters, wants_y
+    )
+    index = y.get_device()
+    g = None if other is None else _like(y, index, made.shape)
+    totals = _floats(y, index, made.pair)
+    partials = totals if made.count == 1 else _floats(y, index, made.parts)
+    _launch(made.sums, index, grad, y, other, saved, weight, bias, g, partials)
+    if made.finish is not None:
+        _launch(made.finish, index, partials, totals)
+        partials = totals
     behind = grad if g is None else g
-    if not wants_y:
+    if made.input is None:
         return None, behind, totals
-    grad_y = _like(y)
-    cut = choices.passing(rows, columns, count)
-    _launch(
-        sources.backward_input, cut, (behind, y, saved, norm.weight, norm.bias, partials, totals, grad_y),
-        (rows, units, cut.rows_each, count, activation if g is None else "none", *numbers, align,
-         choices.power_of_two(count), cut.block_rows, cut.block_columns),
-    )  # fmt: skip
+    grad_y = _like(y, index, made.shape)
+    _launch(made.input, index, behind, y, saved, weight, bias, partials, totals, grad_y)
     return grad_y, behind, totals
 
 
@@ -119,52 +108,189 @@ def activation_backward(
     grad: Tensor, other: Tensor | None, activation: str, parameters: Parameters, from_output: bool, bias: bool
 ) -> tuple[Tensor, Tensor | None]:
     """What comes in behind the activation, and its sums over all but the channels."""
-    rows, columns = _matrix(grad)
-    align = choices.alignment(columns)
     nothing = activation == "none"
-    g = grad if nothing else _like(grad)
     if nothing and not bias:
-        return g, None
-    cut = choices.reducing(rows, columns) if bias else choices.passing(rows, columns)
-    partials = _floats(grad, cut.grid[1], 2, columns) if bias else None
-    _launch(
-        sources.activation_backward, cut, (grad, None if nothing else other, None if nothing else g, partials),
-        (rows, columns // align, cut.rows_each, from_output, activation, *_two(parameters), align, cut.block_rows,
-         cut.block_columns),
-    )  # fmt: skip
+        return grad, None
+    made = _going_back_alone(grad.shape, grad.dtype, _dtypes(other), activation, parameters, from_output, bias)
+    index = grad.get_device()
+    g = grad if nothing else _like(grad, index, made.shape)
+    partials = _floats(grad, index, made.parts) if bias else None
+    _launch(made.backward, index, grad, None if nothing else other, None if nothing else g, partials)
     if partials is None:
         return g, None
-    if cut.grid[1] > 1:
-        totals = _floats(grad, 2, columns)
-        _finish(partials, totals, rows, cut.rows_each, False)
+    if made.finish is not None:
+        totals = _floats(grad, index, made.pair)
+        _launch(made.finish, index, partials, totals)
         return g, totals[0]
     return g, partials[0, 0]
 
 
-def _finish(partials: Tensor, out: Tensor, rows: int, rows_each: int, are_moments: bool) -> None:
-    count, columns = partials.shape[0], partials.shape[-1]
-    cut, align = choices.finishing(count, columns), choices.alignment(columns)
-    numbers = (rows, rows_each, count, columns // align, are_moments, align, cut.block_rows, cut.block_columns)
-    _launch(sources.finish, cut, (partials, out), numbers)
+# ---- what is worked out once
 
 
-def _matrix(y: Tensor) -> tuple[int, int]:
-    """Rows and columns: places and channels."""
-    columns = y.shape[1]
-    return y.numel() // columns, columns
+class _Pass:
+    """What all passes over a tensor share.
+
+    Attributes:
+        shape: of the tensor.
+        pair: the shape of two numbers for each channel.
+    """
+
+    def __init__(self, shape: torch.Size) -> None:
+        self.shape, self.columns = tuple(shape), shape[1]
+        self.rows = shape.numel() // self.columns
+        self.align = choices.alignment(self.columns)
+        self.units = self.columns // self.align
+        self.pair = (2, self.columns)
+        self.finish: Ready | None = None
+
+    def finishing(self, count: int, rows_each: int, *, moments: bool = False) -> Ready:
+        """Adds up so many partial sums, or moments, of so many rows each."""
+        cut = choices.finishing(count, self.columns)
+        return Ready(
+            sources.finish, cut,
+            (self.rows, rows_each, count, self.units, moments, self.align, cut.block_rows, cut.block_columns),
+        )  # fmt: skip
 
 
-def _floats(y: Tensor, *dims: int) -> Tensor:
-    if _allocate is not None and y.get_device() == _current_device():
-        strides = (dims[1], 1) if len(dims) == 2 else (dims[1] * dims[2], dims[2], 1)
-        return _allocate(dims, strides, torch.float32)
-    return torch.empty(dims, dtype=torch.float32, device=y.device)
+class _Summing(_Pass):
+    """For `column_sums`: `parts` is the shape of its partial sums."""
+
+    def __init__(self, shape: torch.Size) -> None:
+        super().__init__(shape)
+        cut = choices.reducing(self.rows, self.columns)
+        self.parts = (cut.grid[1], 2, self.columns)
+        numbers = (self.rows, self.units, cut.rows_each, self.align, cut.block_rows, cut.block_columns)
+        self.sums = Ready(sources.sums, cut, numbers)
+        if cut.grid[1] > 1:
+            self.finish = self.finishing(cut.grid[1], cut.rows_each)
 
 
-def _like(y: Tensor) -> Tensor:
+class _Normalizing(_Pass):
+    """For `normalize`: `moments` is there where no sums are given, `parts` the shape of what it writes."""
+
+    def __init__(
+        self, shape: torch.Size, own_sums: bool, momentum: float, eps: float, activation: str, parameters: Parameters
+    ) -> None:
+        super().__init__(shape)
+        rows, columns = self.rows, self.columns
+        count, rows_of_count, self.moments = 1, rows, None
+        if own_sums:
+            cut = choices.reducing(rows, columns)
+            count, rows_of_count = cut.grid[1], cut.rows_each
+            self.parts = (count, 2, columns)
+            numbers = (rows, self.units, cut.rows_each, self.align, cut.block_rows, cut.block_columns)
+            self.moments = Ready(sources.moments, cut, numbers)
+            if count == 1 or count > choices.FEW_PARTIALS:
+                self.finish = self.finishing(count, rows_of_count, moments=True)
+                count = 1
+        cut = choices.passing(rows, columns, count)
+        self.normalize = Ready(
+            sources.normalize, cut,
+            (float(momentum), float(eps), rows, self.units, cut.rows_each, count, rows_of_count,
+             "moments" if own_sums else "sums", activation, *_two(parameters), self.align,
+             choices.power_of_two(count), cut.block_rows, cut.block_columns),
+        )  # fmt: skip
+
+
+class _GoingBack(_Pass):
+    """For `normalize_backward`: `count` partial sums, of shape `parts`; `input` is there where it is wanted."""
+
+    def __init__(
+        self, shape: torch.Size, no_other: bool, from_output: bool, activation: str, parameters: Parameters,
+        wants_y: bool,
+    ) -> None:  # fmt: skip
+        super().__init__(shape)
+        rows, columns, numbers = self.rows, self.columns, _two(parameters)
+        cut = choices.reducing(rows, columns)
+        count = self.count = cut.grid[1]
+        self.parts = (count, 2, columns)
+        self.sums = Ready(
+            sources.backward_sums, cut,
+            (rows, self.units, cut.rows_each, from_output, activation, *numbers, self.align, cut.block_rows,
+             cut.block_columns),
+        )  # fmt: skip
+        if count > 1 and (count > choices.FEW_PARTIALS or not wants_y):
+            self.finish = self.finishing(count, cut.rows_each)
+            count = 1
+        self.input: Ready | None = None
+        if wants_y:
+            cut = choices.passing(rows, columns, count)
+            self.input = Ready(
+                sources.backward_input, cut,
+                (rows, self.units, cut.rows_each, count, activation if no_other else "none", *numbers, self.align,
+                 choices.power_of_two(count), cut.block_rows, cut.block_columns),
+            )  # fmt: skip
+
+
+class _GoingBackAlone(_Pass):
+    """For `activation_backward`: `parts` is the shape of a bias's partial sums."""
+
+    def __init__(
+        self, shape: torch.Size, activation: str, parameters: Parameters, from_output: bool, bias: bool
+    ) -> None:
+        super().__init__(shape)
+        cut = choices.reducing(self.rows, self.columns) if bias else choices.passing(self.rows, self.columns)
+        self.parts = (cut.grid[1], 2, self.columns)
+        self.backward = Ready(
+            sources.activation_backward, cut,
+            (self.rows, self.units, cut.rows_each, from_output, activation, *_two(parameters), self.align,
+             cut.block_rows, cut.block_columns),
+        )  # fmt: skip
+        if bias and cut.grid[1] > 1:
+            self.finish = self.finishing(cut.grid[1], cut.rows_each)
+
+
+# Their first arguments are sizes and dtypes: another dtype is another compiled kernel, and so another `Ready`.
+
+
+@lru_cache(maxsize=MOST_KEPT)
+def _summing(shape: torch.Size, dtype: torch.dtype, out: torch.dtype | None) -> _Summing:
+    return _Summing(shape)
+
+
+@lru_cache(maxsize=MOST_KEPT)
+def _normalizing(
+    shape: torch.Size, dtype: torch.dtype, own_sums: bool, no_residual: bool, dtypes: Dtypes, momentum: float,
+    eps: float, activation: str, parameters: Parameters,
+) -> _Normalizing:  # fmt: skip
+    return _Normalizing(shape, own_sums, momentum, eps, activation, parameters)
+
+
+@lru_cache(maxsize=MOST_KEPT)
+def _going_back(
+    shape: torch.Size, dtype: torch.dtype, no_other: bool, from_output: bool, dtypes: Dtypes, activation: str,
+    parameters: Parameters, wants_y: bool,
+) -> _GoingBack:  # fmt: skip
+    return _GoingBack(shape, no_other, from_output, activation, parameters, wants_y)
+
+
+@lru_cache(maxsize=MOST_KEPT)
+def _going_back_alone(
+    shape: torch.Size, dtype: torch.dtype, dtypes: Dtypes, activation: str, parameters: Parameters, from_output: bool,
+    bias: bool,
+) -> _GoingBackAlone:  # fmt: skip
+    return _GoingBackAlone(shape, activation, parameters, from_output, bias)
+
+
+def _dtypes(*tensors: Tensor | None) -> Dtypes:
+    return tuple([None if one is None else one.dtype for one in tensors])
+
+
+# ---- memory, launches
+
+
+def _floats(y: Tensor, index: int, dims: tuple[int, ...]) -> Tensor:
+    if _allocate is not None and index == _current_device():
+        columns = dims[-1]
+        return _allocate(dims, (columns, 1) if len(dims) == 2 else (2 * columns, columns, 1), _float32)
+    return torch.empty(dims, dtype=_float32, device=y.device)
+
+
+def _like(y: Tensor, index: int, dims: tuple[int, ...]) -> Tensor:
     """Memory for what lies as `y` does, which is dense."""
-    if _allocate is not None and y.get_device() == _current_device():
-        return _allocate(tuple(y.shape), y.stride(), y.dtype)  # it takes plain tuples alone
+    if _allocate is not None and index == _current_device():
+        return _allocate(dims, y.stride(), y.dtype)  # it takes plain tuples alone
     return torch.empty_like(y)
 
 
@@ -172,8 +298,8 @@ def _two(parameters: Parameters) -> Parameters:
     return (*parameters, 0.0, 0.0)[:2]
 
 
-def _launch(kernel: Any, cut: choices.Cut, tensors: tuple[Any, ...], numbers: tuple[Any, ...]) -> None:
+def _launch(ready: Ready, index: int, *tensors: Tensor | None) -> None:
     try:
-        launch(kernel, cut, tensors, numbers)
+        ready(index, *tensors)
     except Exception as error:  # of the compiler, of ptxas, of the driver: each has its own
-        raise Unusable(f"{kernel.__name__}: {type(error).__name__}: {error}") from error
+        raise Unusable(f"{ready.name}: {type(error).__name__}: {error}") from error

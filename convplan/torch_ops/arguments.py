@@ -14,6 +14,7 @@ from convplan.engines.base import Run
 from convplan.torch_ops.adapter import DTYPE_NAMES, ConvArgs
 
 _any_autocast = torch._C._is_any_autocast_enabled
+_autocast_dtype = torch.get_autocast_dtype
 
 Tensor = torch.Tensor
 Ints = int | Sequence[int]
@@ -25,13 +26,12 @@ Arguments = tuple[Ints, Padding, Ints, bool, Ints, int]
 def cast_for_autocast(*tensors: Tensor | None) -> Any:
     """Cast as torch's convolutions do under autocast: everything floating to its dtype, float64 left alone."""
     assert tensors[0] is not None
-    dtype = torch.get_autocast_dtype(tensors[0].device.type)
-    return tuple(
-        tensor.to(dtype)
-        if tensor is not None and tensor.is_floating_point() and tensor.dtype != torch.float64
-        else tensor
-        for tensor in tensors
-    )
+    dtype = _autocast_dtype(tensors[0].device.type)
+    return tuple([one if one is None or one.dtype is dtype else _cast(one, dtype) for one in tensors])
+
+
+def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    return tensor.to(dtype) if tensor.is_floating_point() and tensor.dtype != torch.float64 else tensor
 
 
 def hashable(value: object) -> object:
