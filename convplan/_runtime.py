@@ -57,6 +57,15 @@ class Callers(LeastRecentlyUsed[Hashable, Callable[..., Any]]):
         super().__init__(limit)
         self.hits = hits
 
+    def used(self, key: Hashable) -> Callable[..., Any] | None:
+        """What is kept for a key, which counts as a hit. (`override` and `normalized` spare themselves the call.)"""
+        caller = self.get(key)
+        if caller is not None:
+            self.hits[0] += 1
+            if self.crowded:
+                self.move_to_end(key)
+        return caller
+
 
 class Local(threading.local):
     """What each thread has of its own: plans that are ready to run, and its count of hits."""

@@ -20,8 +20,8 @@ from helpers.fresh import fresh_process, registered
 
 import convplan
 from convplan import Policy, ReplayMiss, SpecError
+from convplan._activations import resolve
 from convplan.engines import registry
-from convplan.torch_ops.activations import resolve
 
 pytestmark = [
     pytest.mark.behaviour("B35"),

@@ -21,9 +21,9 @@ from torch.library import opcheck
 
 import convplan
 from convplan import Policy, SpecError
+from convplan._activations import resolve
 from convplan._choices import state
 from convplan.torch_ops import fused, linear
-from convplan.torch_ops.activations import resolve
 
 pytestmark = [
     pytest.mark.behaviour("C8"),

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from convplan.torch_ops.activations import Resolved
+from convplan._activations import Resolved
 
 if TYPE_CHECKING:
     from convplan.kernels import Norm

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import torch
 
+from convplan._activations import Activation
 from convplan._choices import state
 from convplan._counts import counts
 from convplan._plan import shares_memory
@@ -16,7 +17,6 @@ from convplan._policy import Policy
 from convplan._problem import Problem
 from convplan._runtime import local
 from convplan.engines.base import Run
-from convplan.torch_ops.activations import Activation
 from convplan.torch_ops.adapter import ALIGNMENT_BYTES, ConvArgs, NotExpressible, forward_problem
 from convplan.torch_ops.arguments import (
     Arguments,
@@ -286,13 +286,8 @@ def _convolution(
         raise TypeError(f"found {', '.join(names)}, expected tensors for input, weight and bias") from exc
     except RuntimeError:  # no memory of its own: inside vmap or another transform, or a layout of torch's own
         return through_torch(spatial, raw)(input, weight, bias, out)
-    callers = local.callers
-    caller = callers.get(key)
-    if caller is not None:
-        callers.hits[0] += 1
-        if callers.crowded:
-            callers.move_to_end(key)
-    else:
+    caller = local.callers.used(key)
+    if caller is None:
         caller = _new_caller(spatial, input, weight, bias, raw, policy, graded)
         local.remember(key, token, caller, input.get_device())
     return caller(input, weight, bias, out)

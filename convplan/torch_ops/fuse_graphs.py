@@ -17,9 +17,9 @@ import torch
 from torch import fx, nn
 from torch.fx import Graph, Node
 
+from convplan._activations import Resolved
 from convplan._policy import Policy
 from convplan.torch_ops import fuse_patterns as patterns
-from convplan.torch_ops.activations import Resolved
 from convplan.torch_ops.fused_modules import FusedCall, FusedConv, Norm, Sum, folded
 
 Tensor = torch.Tensor

@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.fx import Node
 
+from convplan._activations import Resolved, resolve
 from convplan._errors import SpecError
-from convplan.torch_ops.activations import Resolved, resolve
 from convplan.torch_ops.fused_modules import Geometry, Norm, Sum
 
 Modules = Mapping[str, nn.Module]

@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 
+from convplan._activations import NONE, Activation, Resolved, follow, resolve, scale_channels, times
 from convplan._choices import state
 from convplan._counts import counts
 from convplan._epilogue import Epilogue
@@ -32,7 +33,6 @@ from convplan._policy import Policy
 from convplan._problem import Problem
 from convplan._runtime import in_graph_capture, local
 from convplan.kernels import activation_backward
-from convplan.torch_ops.activations import NONE, Activation, Resolved, follow, resolve, scale_channels, times
 from convplan.torch_ops.adapter import ALIGNMENT_BYTES, ConvArgs, NotExpressible
 from convplan.torch_ops.arguments import (
     Arguments,
@@ -117,13 +117,8 @@ def fused(
     except RuntimeError:  # no memory of its own: inside vmap or another transform, or a layout of torch's own
         run = _composed(spatial, raw, alpha, resolve(activation))
         return run(input, weight, bias, out, residual, scale)
-    callers = local.callers
-    caller = callers.get(key)
-    if caller is not None:
-        callers.hits[0] += 1
-        if callers.crowded:
-            callers.move_to_end(key)
-    else:
+    caller = local.callers.used(key)
+    if caller is None:
         given = Given(input, weight, bias, residual, scale)
         caller = _new_caller(spatial, given, raw, alpha, resolve(activation), policy, graded, learned)
         local.remember(key, token, caller, device)

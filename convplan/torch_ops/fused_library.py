@@ -14,10 +14,10 @@ from typing import Any
 
 import torch
 
+from convplan._activations import NONE, Resolved, follow, resolve, scale_channels, times
 from convplan._choices import state
 from convplan._errors import SpecError
 from convplan._runtime import local
-from convplan.torch_ops.activations import NONE, Resolved, follow, resolve, scale_channels, times
 from convplan.torch_ops.adapter import ALIGNMENT_BYTES, NotExpressible, output_layout, output_strides
 from convplan.torch_ops.fused_plan import (
     FusedCaller,
@@ -96,13 +96,8 @@ def _kernel(
         w.get_device(), ALIGNMENT_BYTES[x.data_ptr() & 31], ALIGNMENT_BYTES[w.data_ptr() & 31],
         alignment_of(bias), alignment_of(residual), live_flags(device, x.dtype),
     )  # fmt: skip
-    callers = local.callers
-    caller = callers.get(key)
-    if caller is not None:
-        callers.hits[0] += 1
-        if callers.crowded:
-            callers.move_to_end(key)
-    else:
+    caller = local.callers.used(key)
+    if caller is None:
         given = Given(x, w, bias, residual, scale)
         caller = _new(given, alpha, _activation(activation, parameters), geometry)
         local.remember(key, token, caller, device)

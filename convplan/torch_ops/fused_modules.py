@@ -12,11 +12,11 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import nn
 
+from convplan._activations import Resolved
 from convplan._errors import SpecError
 from convplan._policy import Policy
 from convplan._problem import normalize_strides
 from convplan.torch_ops import functional
-from convplan.torch_ops.activations import Resolved
 from convplan.torch_ops.adapter import DTYPE_NAMES, ConvArgs, output_strides
 from convplan.torch_ops.arguments import Padding, arguments
 from convplan.torch_ops.library import result_dims

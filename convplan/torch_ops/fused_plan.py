@@ -12,13 +12,13 @@ from typing import NamedTuple, cast
 import msgspec
 import torch
 
+from convplan._activations import Resolved
 from convplan._epilogue import Epilogue
 from convplan._errors import ConvPlanError, SpecError
 from convplan._policy import Policy
 from convplan._problem import Problem, TensorSpec, normalize_strides
 from convplan.engines._epilogues import apply_epilogue
 from convplan.engines._support import deliver, empty
-from convplan.torch_ops.activations import Resolved
 from convplan.torch_ops.adapter import ALIGNMENT_BYTES, ConvArgs, alignment_bytes, forward_problem
 from convplan.torch_ops.linear import last_resort, layer_of, planned_runner
 from convplan.torch_ops.override import NO_GRADIENTS, note_fallback

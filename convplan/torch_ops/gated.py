@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import msgspec
 import torch
 
+from convplan._activations import NONE, Resolved
 from convplan._choices import state
 from convplan._epilogue import MAX_ALIGNMENT_BYTES, Epilogue
 from convplan._errors import ConvPlanError
@@ -27,7 +28,6 @@ from convplan._problem import GATE_DTYPES, Problem, normalize_strides
 from convplan._runtime import local
 from convplan.engines import composed
 from convplan.engines._support import TORCH_DTYPES
-from convplan.torch_ops.activations import NONE, Resolved
 from convplan.torch_ops.adapter import ALIGNMENT_BYTES, ConvArgs
 from convplan.torch_ops.fused import gradient_behind
 from convplan.torch_ops.fused_plan import FusedCaller, Given, alignment_of, fused_problem
@@ -74,13 +74,8 @@ class Step:
             weight.dtype, bias is None, self._args, self._policy, needs, device, ALIGNMENT_BYTES[x.data_ptr() & 31],
             ALIGNMENT_BYTES[weight.data_ptr() & 31], alignment_of(bias), live_flags(device),
         )  # fmt: skip
-        callers = local.callers
-        caller = callers.get(key)
-        if caller is not None:
-            callers.hits[0] += 1
-            if callers.crowded:
-                callers.move_to_end(key)
-        else:
+        caller = local.callers.used(key)
+        if caller is None:
             problem = fused_problem(Given(x, weight, bias, None, None), self._args, 1.0, self.activation)
             caller = FusedCaller(problem, self._policy, weight, needs)
             local.remember(key, token, caller, device)
@@ -101,13 +96,8 @@ class Step:
             weight.shape, weight.stride(), gate.stride(), device, ALIGNMENT_BYTES[grad.data_ptr() & 31],
             ALIGNMENT_BYTES[weight.data_ptr() & 31], ALIGNMENT_BYTES[gate.data_ptr() & 31], live_flags(device),
         )  # fmt: skip
-        callers = local.callers
-        caller = callers.get(key)
-        if caller is not None:
-            callers.hits[0] += 1
-            if callers.crowded:
-                callers.move_to_end(key)
-        else:
+        caller = local.callers.used(key)
+        if caller is None:
             problem = _gated_problem(geometry, grad, weight, gate)
             caller = _not_offered if problem is None else _GateCaller(problem, self._policy, weight)
             local.remember(key, token, caller, device)

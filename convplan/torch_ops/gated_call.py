@@ -14,9 +14,9 @@ import torch
 from torch import nn
 from torch.autograd import forward_ad
 
+from convplan._activations import NONE
 from convplan._errors import SpecError
 from convplan._policy import Policy
-from convplan.torch_ops.activations import NONE
 from convplan.torch_ops.adapter import NotExpressible
 from convplan.torch_ops.arguments import cast_for_autocast
 from convplan.torch_ops.fused_modules import MOST_SHAPES, geometry_of

@@ -255,13 +255,8 @@ def _found(
         ALIGNMENT_BYTES[first.data_ptr() & 31], ALIGNMENT_BYTES[second.data_ptr() & 31],
         live_flags(device, first.dtype),
     )  # fmt: skip
-    callers = local.callers
-    caller = callers.get(key)
-    if caller is not None:
-        callers.hits[0] += 1
-        if callers.crowded:
-            callers.move_to_end(key)
-    else:
+    caller = local.callers.used(key)
+    if caller is None:
         caller = _NEW[name](first, second, bias, result, geometry)
         local.remember(key, token, caller, device)
     return caller
@@ -291,13 +286,8 @@ def _found_kept(name: str, first: Tensor, second: Tensor, bias: Tensor | None, s
         ALIGNMENT_BYTES[first.data_ptr() & 31], ALIGNMENT_BYTES[second.data_ptr() & 31],
         live_flags(device, first.dtype),
     )  # fmt: skip
-    callers = local.callers
-    caller = callers.get(key)
-    if caller is not None:
-        callers.hits[0] += 1
-        if callers.crowded:
-            callers.move_to_end(key)
-    else:
+    caller = local.callers.used(key)
+    if caller is None:
         given = call_of(call)
         result = (*size, given.channels_last) if size else ()
         caller = _NEW[name](first, second, bias, result, given.geometry)

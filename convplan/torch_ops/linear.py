@@ -137,12 +137,8 @@ class Geometry:
             second.shape, second.stride(), bias is None, first.get_device(), ALIGNMENT_BYTES[first.data_ptr() & 31],
             ALIGNMENT_BYTES[second.data_ptr() & 31], live_flags(first.get_device()),
         )  # fmt: skip
-        callers = local.callers
-        caller = callers.get(key)
+        caller = local.callers.used(key)
         if caller is not None:
-            callers.hits[0] += 1
-            if callers.crowded:
-                callers.move_to_end(key)
             return caller, True
         device = first.get_device()
         caller = Caller.of(self.problem(op, first, second, bias), self.policy, device, second, gradients)

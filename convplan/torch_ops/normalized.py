@@ -16,12 +16,12 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 
+from convplan._activations import NONE, Resolved
 from convplan._choices import state
 from convplan._policy import Policy
 from convplan._problem import Op, Problem
 from convplan._runtime import local
 from convplan.kernels import Norm, backward_needs, normalize, normalize_backward
-from convplan.torch_ops.activations import NONE, Resolved
 from convplan.torch_ops.adapter import ConvArgs
 from convplan.torch_ops.linear import Geometry, Linear, bias_gradient
 from convplan.torch_ops.override import NO_GRADIENTS

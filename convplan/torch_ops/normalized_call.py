@@ -19,11 +19,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from convplan._activations import NONE, Resolved
 from convplan._errors import SpecError
 from convplan._policy import Policy
 from convplan._problem import Problem, normalize_strides
 from convplan.torch_ops import functional
-from convplan.torch_ops.activations import NONE, Resolved
 from convplan.torch_ops.adapter import forward_problem
 from convplan.torch_ops.arguments import cast_for_autocast
 from convplan.torch_ops.fused_modules import MOST_SHAPES, Sum, geometry_of

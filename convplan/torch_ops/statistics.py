@@ -80,12 +80,8 @@ def statistics_caller(
         dilation, groups, policy, gradients, device, weight.get_device(), ALIGNMENT_BYTES[input.data_ptr() & 31],
         ALIGNMENT_BYTES[weight.data_ptr() & 31], live_flags(device),
     )  # fmt: skip
-    callers = local.callers
-    caller = callers.get(key)
+    caller = local.callers.used(key)
     if caller is not None:
-        callers.hits[0] += 1
-        if callers.crowded:
-            callers.move_to_end(key)
         return caller, True
     problem = _problem(input, weight, stride, padding, dilation, groups)
     caller = _not_offered if problem is None else _Caller(problem, policy, weight, gradients)

@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
+from convplan._activations import NONE, Activation, Resolved, follow, resolve
 from convplan._errors import SpecError
 from convplan._policy import Policy
-from convplan.torch_ops.activations import NONE, Activation, Resolved, follow, resolve
 from convplan.torch_ops.adapter import ConvArgs
 from convplan.torch_ops.library import flat_padding, policy_text
 

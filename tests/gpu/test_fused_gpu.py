@@ -14,7 +14,7 @@ from helpers.fresh import fresh_process
 
 import convplan
 from convplan import Policy, SpecError
-from convplan.torch_ops.activations import resolve
+from convplan._activations import resolve
 
 pytestmark = [
     pytest.mark.behaviour("B30"),
