@@ -262,6 +262,23 @@ def _convolution(
     try:
         if _any_autocast() and torch.is_autocast_enabled(input.device.type):
             input, weight, bias = cast_for_autocast(input, weight, bias)
+    except AttributeError as exc:
+        raise _no_tensors(input, weight, bias) from exc
+    caller, _ = found(spatial, input, weight, bias, raw, policy, out)
+    return caller(input, weight, bias, out)
+
+
+def found(
+    spatial: int,
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    raw: Arguments,
+    policy: Policy | None,
+    out: Tensor | None,
+) -> tuple[Run, bool]:
+    """What runs a call without an epilogue, cast for autocast, and whether it is kept for the next one."""
+    try:
         token = state.token
         graded = torch.is_grad_enabled() and (
             input.requires_grad
@@ -269,6 +286,7 @@ def _convolution(
             or (bias is not None and bias.requires_grad)
             or (out is not None and out.requires_grad)
         )
+        stride, padding, dilation, transposed, output_padding, groups = raw
         aligned = ALIGNMENT_BYTES[input.data_ptr() & 31], ALIGNMENT_BYTES[weight.data_ptr() & 31]
         key = (
             token, spatial, transposed, input.shape, input.stride(), input.dtype,
@@ -282,15 +300,20 @@ def _convolution(
             live_flags(input.get_device()),
         )  # fmt: skip
     except AttributeError as exc:
-        names = [type(given).__name__ for given in (input, weight, bias) if given is not None]
-        raise TypeError(f"found {', '.join(names)}, expected tensors for input, weight and bias") from exc
+        raise _no_tensors(input, weight, bias) from exc
     except RuntimeError:  # no memory of its own: inside vmap or another transform, or a layout of torch's own
-        return through_torch(spatial, raw)(input, weight, bias, out)
+        return through_torch(spatial, raw), False
     caller = local.callers.used(key)
-    if caller is None:
-        caller = _new_caller(spatial, input, weight, bias, raw, policy, graded)
-        local.remember(key, token, caller, input.get_device())
-    return caller(input, weight, bias, out)
+    if caller is not None:
+        return caller, True
+    caller = _new_caller(spatial, input, weight, bias, raw, policy, graded)
+    local.remember(key, token, caller, input.get_device())
+    return caller, False
+
+
+def _no_tensors(*given: object) -> TypeError:
+    names = [type(one).__name__ for one in given if one is not None]
+    return TypeError(f"found {', '.join(names)}, expected tensors for input, weight and bias")
 
 
 def _new_caller(

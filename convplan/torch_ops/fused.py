@@ -92,6 +92,32 @@ def fused(
         if _any_autocast() and torch.is_autocast_enabled(input.device.type):
             input, weight, bias, residual = cast_for_autocast(input, weight, bias, residual)
         bias, scale = dense(bias), aligned(scale)
+    except AttributeError as exc:
+        raise _no_tensors(input, weight, bias, residual, scale) from exc
+    except RuntimeError:  # a scale without memory of its own: inside vmap or another transform
+        return _composed(spatial, raw, alpha, resolve(activation))(input, weight, bias, out, residual, scale)
+    caller, _ = found(spatial, input, weight, bias, raw, policy, out, residual, alpha, activation, scale)
+    return caller(input, weight, bias, out, residual, scale)
+
+
+def found(
+    spatial: int,
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    raw: Arguments,
+    policy: Policy | None,
+    out: Tensor | None,
+    residual: Tensor | None,
+    alpha: float,
+    activation: Activation,
+    scale: Tensor | None,
+) -> tuple[Run, bool]:
+    """What runs such a call, and whether it is kept for the next one.
+
+    Args: as `fused` has made them: cast, bias and scale dense, alpha a float, the activation hashable.
+    """
+    try:
         graded, learned = _asked_for(input, weight, bias, residual, scale, out)
         token, device = state.token, input.get_device()
         stride, padding, dilation, transposed, output_padding, groups = raw
@@ -110,20 +136,22 @@ def fused(
             alignment_of(bias), alignment_of(residual), live_flags(device),
         )  # fmt: skip
     except AttributeError as exc:
-        given = (input, weight, bias, residual, scale)
-        names = [type(one).__name__ for one in given if one is not None]
-        wanted = "input, weight, bias, residual and scale"
-        raise TypeError(f"found {', '.join(names)}, expected tensors for {wanted}") from exc
+        raise _no_tensors(input, weight, bias, residual, scale) from exc
     except RuntimeError:  # no memory of its own: inside vmap or another transform, or a layout of torch's own
-        run = _composed(spatial, raw, alpha, resolve(activation))
-        return run(input, weight, bias, out, residual, scale)
+        return _composed(spatial, raw, alpha, resolve(activation)), False
     caller = local.callers.used(key)
-    if caller is None:
-        given = Given(input, weight, bias, residual, scale)
-        caller = _new_caller(spatial, given, raw, alpha, resolve(activation), policy, graded, learned)
-        local.remember(key, token, caller, device)
-    result: Tensor = caller(input, weight, bias, out, residual, scale)
-    return result
+    if caller is not None:
+        return caller, True
+    given = Given(input, weight, bias, residual, scale)
+    caller = _new_caller(spatial, given, raw, alpha, resolve(activation), policy, graded, learned)
+    local.remember(key, token, caller, device)
+    return caller, False
+
+
+def _no_tensors(*given: object) -> TypeError:
+    names = [type(one).__name__ for one in given if one is not None]
+    wanted = "input, weight, bias, residual and scale"
+    return TypeError(f"found {', '.join(names)}, expected tensors for {wanted}")
 
 
 def _number(alpha: object) -> float:
