@@ -100,6 +100,12 @@ on_two() { # name, seconds, script, options for the first GPU, options for a sec
     step "$name-merge" 60 "$PYTHON" "$script" --merge "$name-0,$name-1"
 }
 
+visible_gpus() { # one index a line
+    if [ -n "${CUDA_VISIBLE_DEVICES:-}" ]; then tr , '\n' <<<"$CUDA_VISIBLE_DEVICES"; else
+        nvidia-smi --query-gpu=index --format=csv,noheader
+    fi
+}
+
 test_file() { # run or report, file
     local limits=("${TEST_SECONDS:-250}" "$PYTHON" -m pytest -m gpu "$2" -p no:cacheprovider --timeout 150)
     "$1" "$(basename "$2" .py)" "${limits[@]}"
@@ -130,10 +136,17 @@ for part in $parts; do
         step imports 30 "$PYTHON" -c 'import convplan; print(convplan.__version__)'
         ;;
     tests)
-        # Side by side, but for those that look at the whole GPU's memory.
-        test_file run tests/gpu/test_faults_gpu.py
+        # Side by side, but for those that look at the whole GPU's memory, which have it for themselves. Where there is a
+        # second GPU, those that take longest begin on it meanwhile.
+        alone=tests/gpu/test_faults_gpu.py early=
+        mapfile -t gpus < <(visible_gpus)
+        if [ ${#gpus[@]} -gt 1 ]; then
+            early=tests/gpu/test_shipping_gpu.py
+            CUDA_VISIBLE_DEVICES=${gpus[1]} test_file run "$early" &
+        fi
+        CUDA_VISIBLE_DEVICES=${gpus[0]} test_file run "$alone"
         for file in tests/gpu/test_*.py; do
-            [ "$file" = tests/gpu/test_faults_gpu.py ] || test_file run "$file" &
+            [ "$file" = "$alone" ] || [ "$file" = "$early" ] || test_file run "$file" &
         done
         wait
         rm -f "$OUT"/*.lock
