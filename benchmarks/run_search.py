@@ -426,10 +426,27 @@ def summary_lines(raw: dict[str, Any]) -> list[str]:
     found = good(raw.get("exhaustive", {}))
     if found:
         better = sum(row["gain"] > 1.01 for row in found)
-        rows.append(("exhaustive finds something better", ">= a quarter", f"{better} of {len(found)} problems", ""))
+        why = nothing_found(found) if 4 * better < len(found) else ""
+        rows.append(("exhaustive finds something better", ">= a quarter", f"{better} of {len(found)} problems", why))
     rows += stream_rows(raw.get("shapes", {}))
     head = ["| figure | to reach | found | misses, with their reasons |", "|---|---|---|---|"]
     return [*head, *(f"| {' | '.join(row)} |" for row in rows), ""] if rows else []
+
+
+def nothing_found(rows: list[dict[str, Any]]) -> str:
+    """What the exhaustive search did where it found nothing better."""
+    others = [row for row in rows if row["gain"] <= 1.01]
+    again = sum(row["exhaustive"] == row["measure"] for row in others)
+    counts = [row["candidates"]["exhaustive"] for row in others]
+    longest_s = max(row["planning_s"]["exhaustive"] for row in others)
+    return (
+        f"{len(others)} others: {again} times measure's own choice again, else one within {slack(others):.1%} of it, "
+        f"after {min(counts)} to {max(counts)} candidates in at most {longest_s:.0f} s of the 60"
+    )
+
+
+def slack(rows: list[dict[str, Any]]) -> float:
+    return max(abs(row["gain"] - 1) for row in rows)
 
 
 def stream_rows(raw: dict[str, Any]) -> list[tuple[str, str, str, str]]:
