@@ -311,6 +311,19 @@ def test_a_network_of_them_trains() -> None:
 
 
 @pytest.mark.behaviour("C8")
+def test_autocast_leaves_float64_and_whole_numbers_alone() -> None:
+    x, w, b = (numbers(*dims).double() for dims in ((2, 3, 6, 6), (4, 3, 3, 3), (4,)))
+    with torch.autocast("cpu", torch.bfloat16):
+        found = convplan.conv2d(x, w, b, policy=FAST)
+        expected = F.conv2d(x, w, b)
+    assert found.dtype == expected.dtype == torch.float64
+    torch.testing.assert_close(found, expected)
+    whole = [torch.randint(-4, 5, dims) for dims in ((2, 3, 6, 6), (4, 3, 3, 3))]
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(convplan.SpecError, match=r"dtype is torch\.int64"):
+        convplan.conv2d(*whole, policy=FAST)
+
+
+@pytest.mark.behaviour("C8")
 def test_autocast_modes_and_transforms() -> None:
     x, w, b = numbers(2, 3, 6, 6), numbers(4, 3, 3, 3), numbers(4)
     with torch.autocast("cpu", torch.bfloat16):

@@ -11,13 +11,23 @@ import logging
 import os
 import platform
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers.normalizing import ACTIVATIONS, Case, cases, corner_offences, distances, far_from_zero, same_bits
+from helpers.normalizing import (
+    ACTIVATIONS,
+    Case,
+    cases,
+    corner_offences,
+    distances,
+    each_alone,
+    far_from_zero,
+    same_bits,
+)
 from helpers.plans import run_python
 
 from convplan import kernels
@@ -64,6 +74,10 @@ def test_corners_are_torchs() -> None:
 
 def test_two_runs_write_the_same_bits() -> None:
     assert same_bits()
+
+
+def test_each_gradient_alone_is_the_one_among_all() -> None:
+    assert each_alone() == []
 
 
 def test_a_large_mean_costs_no_digits() -> None:
@@ -173,6 +187,11 @@ def test_interpreted_kernels_write_the_same_bits(interpreted: Any) -> None:
 
 
 @triton_only
+def test_interpreted_each_gradient_alone_is_the_one_among_all(interpreted: Any) -> None:
+    assert interpreted["each alone"] == []
+
+
+@triton_only
 def test_interpreted_a_large_mean_costs_no_digits(interpreted: Any) -> None:
     assert interpreted["far"] <= 1
 
@@ -252,6 +271,11 @@ def test_what_is_compiled_is_launched_again_on_the_same_gpu_alone(monkeypatch: p
     assert (len(kernel.compiled), len(kernel.launched)) == (5, 1)
     ready(1, On(512, 1), None)
     assert (len(kernel.compiled), len(kernel.launched)) == (5, 2)
+    entered: list[int] = []
+    monkeypatch.setattr(module, "_current_device", lambda: 0)
+    monkeypatch.setattr(module.torch.cuda, "device", lambda index: entered.append(index) or nullcontext())
+    ready(1, On(512, 1), None)  # not the current one: Triton launches there
+    assert (len(kernel.compiled), len(kernel.launched), entered) == (6, 2, [1])
 
 
 def test_kernels_are_made_ready_for_each_kind_of_call() -> None:

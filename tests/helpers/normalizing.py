@@ -259,6 +259,26 @@ def same_bits(device: str = "cpu") -> bool:
     return all(torch.equal(one, two) for one, two in zip(*runs, strict=True))
 
 
+def each_alone() -> list[str]:
+    """The gradients that are other ones where no other gradient is asked for; there should be none."""
+    wrong = []
+    for activation, residual in (("none", False), ("relu", False), ("relu", True)):
+        torch.manual_seed(0)
+        y, grad, more = (torch.randn(4, 24, 9, 7).to(memory_format=torch.channels_last) for _ in range(3))
+        norm = Norm(torch.rand(24) + 0.5, torch.randn(24))
+        other = more if residual else None
+        out, saved = kernels.normalize(y, None, norm, other, activation)
+        given = (grad, y, out if residual else None, saved, norm, activation)
+        whole = kernels.normalize_backward(*given)
+        for place, name in enumerate(("y", "residual", "weight", "bias")):
+            found = kernels.normalize_backward(*given, needs=tuple(place == one for one in range(4)))
+            if [one is not None for one in found] != [place == one for one in range(4)]:
+                wrong.append(f"{activation}, {residual}, {name}: given are {[one is not None for one in found]}")
+            elif not torch.equal(found[place], whole[place]):
+                wrong.append(f"{activation}, {residual}, {name}: another")
+    return wrong
+
+
 def main() -> None:
     """What Triton's kernels do, by its interpreter."""
     import triton
@@ -268,6 +288,7 @@ def main() -> None:
     assert triton.knobs.runtime.interpret
     kernels._either = lambda y, name, *arguments, fits=True: getattr(launches, name)(*arguments)
     found: dict[str, Any] = {"corners": corner_offences(), "same bits": same_bits(), "far": far_from_zero()}
+    found["each alone"] = each_alone()
     for case in cases():
         try:
             found[case.id] = distances(case, exact=False)
