@@ -1,4 +1,4 @@
-"""Inference of whole models: stock torch eager, compiled and graphed, against `convplan.fuse`, eager and graphed.
+"""Inference of whole models: stock torch eager, compiled and graphed, against `convplan.fuse` in the same three ways.
 
     python benchmarks/fused_models.py                     # $OUT/fused_models.json, .md (default results/gpu)
     python benchmarks/fused_models.py --device cpu --small --models unet-2d,resnet-50 --dtypes float32
@@ -10,7 +10,9 @@ Every side runs in a process of its own, with weights in the dtype that is named
 benchmark mode on from its first call, convplan with its plans in a store that is filled by tuning first. A round asks
 each side of a case for one sample, in shuffled order, while the others wait; the figure is the middle of the rounds.
 Results are compared with float32 in stock torch: a side may be off by half as much again as stock torch's eager run is.
-The ratios compare like with like: both eager, both in a CUDA graph; and the fused model, eager, with a compiled one.
+The fused model is compiled with `convplan.compile_options(fuse=True)`, stock torch's by `torch.compile` as it comes.
+The ratios compare like with like: both eager, both compiled, both in a CUDA graph; and the fused model, eager, with a
+compiled one.
 """
 
 from __future__ import annotations
@@ -33,9 +35,10 @@ from run_models import Side as ModelSide
 from torch import Tensor, nn
 
 HERE = Path(__file__).parent
-SIDES = (("stock", "eager"), ("stock", "compiled"), ("stock", "graphed"), ("fuse", "eager"), ("fuse", "graphed"))
+WAYS = ("eager", "compiled", "graphed")
+SIDES = tuple((library, way) for library in ("stock", "fuse") for way in WAYS)
 # Columns of ratios: stock torch's way, and the fused model's that it is compared with.
-RATIOS = (("eager", "eager"), ("compiled", "eager"), ("graphed", "graphed"))
+RATIOS = (("eager", "eager"), ("compiled", "eager"), ("compiled", "compiled"), ("graphed", "graphed"))
 FEWEST_SAMPLES = 5  # of a side whose rounds were cut short
 FLOOR = 1e-4  # folded weights are rounded elsewhere, which float32 alone would tell
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -113,13 +116,17 @@ class Side(ModelSide):
     def prepare(self, phase: str) -> None:
         """Everything that happens once: fusing, tuning, compiling, capturing."""
         assert phase == "inference"
+        options = None
         if self.library == "fuse":
             import convplan
 
             self.call = convplan.fuse(self.net)
             convplan.tune(self.step)
+            options = convplan.compile_options(fuse=True)
         if self.way == "compiled":
-            self.call = torch.compile(self.net)
+            self.call = torch.compile(self.call, options=options)
+            if self.library == "fuse":
+                convplan.tune(self.step)  # of what Inductor has laid out in another way
         for _ in range(WARM_UPS):
             self.step()
         self.wait()
@@ -159,14 +166,15 @@ def in_time(rows: list[dict[str, Any]]) -> bool:
 
 
 def prepared(sides: dict[tuple[str, str], Process]) -> dict[tuple[str, str], dict[str, Any]]:
-    """What each side says once it is ready. The graphed one of convplan's finds the plans of the other in the store."""
-    waits, first = ("fuse", "graphed"), ("fuse", "eager")
+    """What each side says once it is ready. Convplan's eager one tunes, and the others find its plans in the store."""
+    first = ("fuse", "eager")
+    waiting = [key for key in sides if key[0] == "fuse" and key != first]
     for key, side in sides.items():
-        if key != waits:
+        if key not in waiting:
             side.say(do="prepare", phase="inference")
     heard = {first: sides[first].hear()}
-    if waits in sides:
-        sides[waits].say(do="prepare", phase="inference")
+    for key in waiting:
+        sides[key].say(do="prepare", phase="inference")
     return {key: heard[key] if key in heard else side.hear() for key, side in sides.items()}
 
 
@@ -177,7 +185,8 @@ def table(raw: dict[str, Any]) -> str:
     lines = ["# Fused models, inference", "", *raw["about"], ""]
     lines += [
         "Milliseconds, with half the distance between the quartiles of the rounds. Ratios: stock torch's time over the",
-        "fused model's; `eager / eager` is both eager, `compiled / eager` stock torch compiled, the fused model eager.",
+        "fused model's; `eager / eager` is both eager, `compiled / eager` stock torch compiled, the fused model eager,",
+        "and so on.",
         "",
     ]
     heads = [f"{library} {way}" for library, way in SIDES]

@@ -24,6 +24,7 @@ from convplan import Policy, SpecError
 from convplan._activations import resolve
 from convplan._choices import state
 from convplan.torch_ops import fused, linear
+from convplan.torch_ops.fused_library import CallWithEpilogue
 
 pytestmark = [
     pytest.mark.behaviour("C8"),
@@ -253,6 +254,18 @@ def test_the_operator_passes_torchs_own_checks(transposed: bool) -> None:
     with torch.no_grad():
         given = [t.detach() for t in (x, w, bias, residual)]
         opcheck(op, (*given, scale, 0.5, "gelu_tanh", [], *geometry(transposed)), test_utils=CHEAP)
+        call = call_with(geometry(transposed), alpha=0.5, activation="leaky_relu", parameters=(0.2,))
+        opcheck(torch.ops.convplan.fused_convolution.kept, (*given, scale, call))
+        long = op(*given, scale, 0.5, "leaky_relu", [0.2], *geometry(transposed))
+        torch.testing.assert_close(torch.ops.convplan.fused_convolution.kept(*given, scale, call), long)
+
+
+def call_with(geometry: Any, **following: Any) -> str:
+    stride, padding, dilation, swapped, outer, groups, policy = geometry
+    return CallWithEpilogue(
+        stride=tuple(stride), padding=tuple(padding), dilation=tuple(dilation), transposed=swapped,
+        output_padding=tuple(outer), groups=groups, policy=policy, **following,
+    ).text  # fmt: skip
 
 
 def test_the_operator_has_gradients_of_every_order() -> None:

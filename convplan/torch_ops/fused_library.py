@@ -5,10 +5,14 @@
 It ends in the same arguments as the operators of `library`, and its gradients are made of them. `activation` is a name
 of `Epilogue`'s and `parameters` its numbers. It is differentiable where the activation's derivative can be had from y
 and the scale needs no gradient: the others are composed in `traced`, before a compiler sees them.
+
+As those of `library` it has an overload `kept`, which takes all but the tensors as one text (`CallWithEpilogue`) and
+has no gradient.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -32,7 +36,9 @@ from convplan.torch_ops.fused_plan import (
 from convplan.torch_ops.library import (
     ENDING,
     TAGS,
+    Call,
     args_of,
+    decoded,
     new_convolution,
     policy_of,
     result_dims,
@@ -44,10 +50,33 @@ from convplan.torch_ops.undisturbed import undisturbed
 
 Tensor = torch.Tensor
 
-_SCHEMA = (
-    "fused_convolution(Tensor x, Tensor w, Tensor? bias, Tensor? residual, Tensor? scale, float alpha, "
-    f"str activation, float[] parameters, {ENDING}) -> Tensor"
+_TENSORS = "Tensor x, Tensor w, Tensor? bias, Tensor? residual, Tensor? scale"
+_SCHEMAS = (
+    f"fused_convolution({_TENSORS}, float alpha, str activation, float[] parameters, {ENDING}) -> Tensor",
+    f"fused_convolution.kept({_TENSORS}, str call) -> Tensor",
 )
+
+
+class CallWithEpilogue(Call, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """The arguments beside tensors, as the overload `kept` takes them: as JSON.
+
+    Args:
+        alpha, activation, parameters: as the operator takes them. All else: as of `Call`.
+    """
+
+    alpha: float = 1.0
+    activation: str = "none"
+    parameters: tuple[float, ...] = ()
+
+
+@functools.lru_cache(maxsize=4096)
+def call_with_epilogue_of(text: str) -> CallWithEpilogue:
+    """The arguments in a text, which may come from a file.
+
+    Raises:
+        SpecError: it holds none.
+    """
+    return decoded(text, CallWithEpilogue)
 
 
 def _activation(name: str, parameters: Sequence[float]) -> Resolved:
@@ -70,6 +99,13 @@ def _fake(
     check_following(dims, x, bias, residual, scale)
     _activation(activation, parameters)
     return x.new_empty_strided(dims, output_strides(dims, x, w, args))
+
+
+def _fake_kept(
+    x: Tensor, w: Tensor, bias: Tensor | None, residual: Tensor | None, scale: Tensor | None, call: str
+) -> Tensor:
+    given = call_with_epilogue_of(call)
+    return _fake(x, w, bias, residual, scale, given.alpha, given.activation, given.parameters, *given.geometry)
 
 
 def _kernel(
@@ -100,6 +136,30 @@ def _kernel(
     if caller is None:
         given = Given(x, w, bias, residual, scale)
         caller = _new(given, alpha, _activation(activation, parameters), geometry)
+        local.remember(key, token, caller, device)
+    result: Tensor = caller(x, w, bias, None, residual, scale)
+    return result
+
+
+def _kept_kernel(
+    x: Tensor, w: Tensor, bias: Tensor | None, residual: Tensor | None, scale: Tensor | None, call: str
+) -> Tensor:
+    """The kernel of `convplan::fused_convolution.kept`: the same with a shorter key."""
+    bias, scale = dense(bias), aligned(scale)
+    token, device = state.token, x.get_device()
+    key = (
+        "fused_convolution", call, token, x.shape, x.stride(), x.dtype, w.shape, w.stride(), w.dtype,
+        None if bias is None else (bias.shape, bias.dtype, bias.get_device()),
+        None if residual is None else (residual.shape, residual.stride(), residual.dtype, residual.get_device()),
+        None if scale is None else (scale.shape, scale.dtype, scale.get_device()), device, w.get_device(),
+        ALIGNMENT_BYTES[x.data_ptr() & 31], ALIGNMENT_BYTES[w.data_ptr() & 31], alignment_of(bias),
+        alignment_of(residual), live_flags(device, x.dtype),
+    )  # fmt: skip
+    caller = local.callers.used(key)
+    if caller is None:
+        told = call_with_epilogue_of(call)
+        activation = _activation(told.activation, told.parameters)
+        caller = _new(Given(x, w, bias, residual, scale), told.alpha, activation, told.geometry)
         local.remember(key, token, caller, device)
     result: Tensor = caller(x, w, bias, None, residual, scale)
     return result
@@ -159,10 +219,15 @@ def _backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
 
 def _register() -> torch.library.Library:
     library = torch.library.Library("convplan", "FRAGMENT")
-    library.define(_SCHEMA, tags=TAGS)
-    for device in ("CPU", "CUDA"):
-        library.impl("fused_convolution", undisturbed(_kernel), device)
-    torch.library.register_fake("convplan::fused_convolution", _fake, lib=library)
+    for schema in _SCHEMAS:
+        library.define(schema, tags=TAGS)
+    for name, kernel, fake in (
+        ("fused_convolution", _kernel, _fake),
+        ("fused_convolution.kept", _kept_kernel, _fake_kept),
+    ):
+        for device in ("CPU", "CUDA"):
+            library.impl(name, undisturbed(kernel), device)
+        torch.library.register_fake(f"convplan::{name}", fake, lib=library)
     torch.library.register_autograd("convplan::fused_convolution", _backward, setup_context=_setup, lib=library)
     return library
 

@@ -5,8 +5,8 @@ C++, call a kernel of torch's that goes past `enable()`. The pass here replaces 
 by convplan's operators (`library`), which Inductor takes as they are. It runs after autograd's graph is split in a
 forward and a backward one, on each.
 
-Convolutions that convplan does not plan for stay torch's. What is replaced decides nothing: plans are found when the
-operators run.
+Convolutions that convplan does not plan for stay torch's, and calls of convplan's functions take their short form
+(`kept_own`). What is replaced decides nothing: plans are found when the operators run.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from torch.fx.node import map_arg
 from convplan._errors import SpecError
 from convplan._policy import Policy
 from convplan._problem import channels_last_strides
-from convplan.torch_ops import adapter, library
+from convplan.torch_ops import library
 from convplan.torch_ops.adapter import (
     DTYPE_NAMES,
     ConvArgs,
@@ -34,6 +34,7 @@ from convplan.torch_ops.adapter import (
     suggests_channels_last,
     transposed_padding,
 )
+from convplan.torch_ops.kept_own import OWN, shorten
 from convplan.torch_ops.library import policy_text
 
 log = logging.getLogger("convplan.compile")
@@ -90,6 +91,9 @@ def compile_options(
     return {**options, "post_grad_custom_pre_pass": KeepConvolutions(policy_text(policy), channels_last, fuse)}
 
 
+# Modules that decide what a compiled graph looks like, or what strides come out.
+_SHAPING = ("kept", "kept_own", "kept_fused", "library", "fused_library", "adapter")
+
 # Told whether a graph is for inference, where torch has such passes; they came after 2.11.
 _Pass: Any = getattr(custom_graph_pass, "CustomInferenceAwareGraphPass", custom_graph_pass.CustomGraphPass)
 
@@ -115,7 +119,7 @@ class KeepConvolutions(_Pass):  # type: ignore[misc]
         """Tells Inductor's cache apart what was compiled with other settings, or another version of the operators."""
         return (
             custom_graph_pass.get_hash_for_files(
-                (__file__, str(library.__file__), str(adapter.__file__), str(Path(__file__).with_name("kept_fused.py")))
+                tuple(str(Path(__file__).with_name(f"{name}.py")) for name in _SHAPING)
             ),
             *self._settings,
         )
@@ -124,8 +128,16 @@ class KeepConvolutions(_Pass):  # type: ignore[misc]
         """Replace the convolutions of one graph."""
         policy, wanted, fuse = self._settings
         layouts = _Layouts(graph, wanted, is_inference)
-        kept, left = 0, 0
+        kept, left, own = 0, 0, 0
         for node in list(graph.nodes):
+            if node.op == "call_function" and node.target in OWN:
+                new = shorten(graph, node, _insert)
+                if new is None:
+                    layouts.follow(node)
+                else:
+                    own += 1
+                    layouts.replaced(node, new)
+                continue
             if node.op != "call_function" or node.target not in (_CONVOLUTION, _BACKWARD):
                 layouts.follow(node)
                 continue
@@ -142,7 +154,9 @@ class KeepConvolutions(_Pass):  # type: ignore[misc]
                 left += 1
         if kept or left:
             log.info("kept %d calls of convolutions for convplan's plans, left %d to Inductor", kept, left)
-        if fuse and kept:
+        if own:
+            log.info("found %d calls of convplan's functions", own)
+        if fuse and (kept or own):
             from convplan.torch_ops.kept_fused import fuse_kept
 
             log.info("fused %d of them with what follows", fuse_kept(graph, _insert))

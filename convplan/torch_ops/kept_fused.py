@@ -2,7 +2,8 @@
 
 What is looked for is what Inductor leaves of them before its own passes: `add`, `relu`, `sigmoid`, `tanh`, and bounds
 on both sides. Batch norms and the other activations have become elementwise operations by then, which Inductor fuses
-among themselves; `fuse` before compiling takes them in too.
+among themselves; `fuse` before compiling takes them in too. What it made, and convplan's functions, take in what
+follows as torch's convolutions do.
 """
 
 from __future__ import annotations
@@ -11,16 +12,17 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import msgspec
 import torch
 from torch.fx import Graph, Node
 
 from convplan._problem import normalize_strides
-from convplan.torch_ops import fused_library as fused_library  # registers the operator
+from convplan.torch_ops.fused_library import CallWithEpilogue, call_with_epilogue_of
 from convplan.torch_ops.library import call_of
 
 _aten = torch.ops.aten
 _KEPT = torch.ops.convplan.convolution.kept
-_FUSED = torch.ops.convplan.fused_convolution.default
+_FUSED = torch.ops.convplan.fused_convolution.kept
 
 _ACTIVATIONS = {
     _aten.relu.default: "relu",
@@ -39,26 +41,36 @@ def fuse_kept(graph: Graph, insert: Insert) -> int:
     """
     count = 0
     for node in list(graph.nodes):
-        if node.op == "call_function" and node.target is _KEPT:
+        if node.op == "call_function" and node.target in (_KEPT, _FUSED):
             count += _fuse_one(graph, node, insert)
     return count
 
 
+def _described(node: Node) -> tuple[tuple[Any, ...], CallWithEpilogue]:
+    """The tensors of a kept convolution, with residual and scale, and its other arguments."""
+    *tensors, text = node.args
+    if node.target is _FUSED:
+        return tuple(tensors), call_with_epilogue_of(str(text))
+    return (*tensors, None, None), CallWithEpilogue(**msgspec.structs.asdict(call_of(str(text))))
+
+
 def _fuse_one(graph: Graph, node: Node, insert: Insert) -> bool:
-    last, residual, alpha = node, None, 1.0
+    (x, w, bias, residual, scale), call = _described(node)
+    if call.activation != "none":
+        return False
+    last = node
     user = _only_user(last)
-    added = _sum(user, last) if user is not None else None
+    added = _sum(user, last) if user is not None and residual is None else None
     if user is not None and added is not None:
         last, (residual, alpha) = user, added
+        call = msgspec.structs.replace(call, alpha=alpha)
         user = _only_user(last)
     activation, parameters, end = _activation(user, last) if user is not None else ("none", (), last)
     if end is node:
         return False
-    x, w, bias, text = node.args
+    call = msgspec.structs.replace(call, activation=activation, parameters=parameters)
     with graph.inserting_before(end):
-        geometry = map(_listed, call_of(str(text)).geometry)
-        arguments = (x, w, bias, residual, None, alpha, activation, list(parameters), *geometry)
-        new = insert(graph, end, _FUSED, arguments)
+        new = insert(graph, end, _FUSED, (x, w, bias, residual, scale, call.text))
     if new.meta["val"].stride() != end.meta["val"].stride():
         graph.erase_node(new)
         return False
@@ -69,10 +81,6 @@ def _fuse_one(graph: Graph, node: Node, insert: Insert) -> bool:
         graph.erase_node(before)
     graph.erase_node(node)
     return True
-
-
-def _listed(value: Any) -> Any:
-    return list(value) if isinstance(value, tuple) else value
 
 
 def _only_user(node: Node) -> Node | None:

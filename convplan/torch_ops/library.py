@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 import torch
@@ -113,6 +113,9 @@ class Call(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_default
         )  # fmt: skip
 
 
+AnyCall = TypeVar("AnyCall", bound=Call)
+
+
 @functools.lru_cache(maxsize=4096)
 def call_of(text: str) -> Call:
     """The arguments in a text, which may come from a file.
@@ -120,8 +123,13 @@ def call_of(text: str) -> Call:
     Raises:
         SpecError: it holds none.
     """
+    return decoded(text, Call)
+
+
+def decoded(text: str, kind: type[AnyCall]) -> AnyCall:
+    """The arguments of one kind of operator in a text. Raises as `call_of`."""
     try:
-        return msgspec.json.decode(text, type=Call)
+        return msgspec.json.decode(text, type=kind)
     except msgspec.MsgspecError as exc:
         raise SpecError(f"call is {text[:200]!r}, expected an operator's arguments as JSON: {exc}") from exc
 
