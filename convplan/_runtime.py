@@ -248,14 +248,20 @@ class Runner:
         return self._plan.as_torch if self.settled else ""
 
     def recover(
-        self, exc: Exception, first: torch.Tensor, second: torch.Tensor, bias: torch.Tensor | None
+        self,
+        exc: Exception,
+        first: torch.Tensor,
+        second: torch.Tensor,
+        bias: torch.Tensor | None,
+        out: torch.Tensor | None = None,
+        *more: torch.Tensor | None,
     ) -> torch.Tensor:
         """Compute what the bare plan failed to, by the plans ranked behind it.
 
         Raises:
             ExecutionFailed: they fail as well.
         """
-        return self._next_ranked(exc, first, second, bias, None)
+        return self._next_ranked(exc, first, second, bias, out, *more)
 
     def _look_again(self) -> None:
         """Count one more sighting of a provisional choice; take over the record when another one was chosen."""

@@ -278,6 +278,72 @@ def test_gradients_of_both_orders_are_right(name: str, everywhere: bool) -> None
     assert torch.autograd.gradgradcheck(run, given, fast_mode=True, atol=1e-4)
 
 
+def _small(**settings: Any) -> nn.Sequential:
+    torch.manual_seed(3)
+    return nn.Sequential(nn.Conv2d(4, 6, 3, bias=False), nn.BatchNorm2d(6, **settings), nn.ReLU())
+
+
+def test_gradients_of_second_order_under_autocast_are_the_models(runs: list[str]) -> None:
+    model = _small()
+    fused, x = convplan.fuse_training(model, policy=QUICK), torch.randn(3, 4, 6, 6, requires_grad=True)
+    found = []
+    for one in (fused, model):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            loss = one(x).float().square().mean()
+        leaves = [x, model[0].weight, model[1].weight]
+        first = torch.autograd.grad(loss, leaves, create_graph=True)
+        assert [one.dtype for one in first] == [torch.float32] * 3
+        second = torch.autograd.grad(sum(one.square().sum() for one in first), leaves)
+        found.append([*first, *second])
+    assert len(runs) == 1
+    for mine, stock in zip(*found, strict=True):
+        assert (mine - stock).norm() <= 3e-2 * stock.norm()
+
+
+def test_a_weight_that_is_not_what_it_was_is_told(runs: list[str]) -> None:
+    model = _small()
+    fused, x = convplan.fuse_training(model, policy=QUICK), torch.randn(3, 4, 6, 6, requires_grad=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = fused(x).float().square().mean()
+    with torch.no_grad():
+        model[0].weight.mul_(2)
+    torch.autograd.grad(loss, x, retain_graph=True)  # which needs only its cast, as in torch
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        torch.autograd.grad(loss, x, create_graph=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32])
+def test_batches_are_counted_once_however_they_are_counted(dtype: torch.dtype, everywhere: bool) -> None:
+    model = _small()
+    model[1].num_batches_tracked = torch.tensor(7, dtype=dtype)
+    fused = convplan.fuse_training(model, policy=QUICK)
+    for _ in range(3):
+        fused(torch.randn(3, 4, 6, 6))
+    assert model[1].num_batches_tracked.item() == 10
+    assert model[1].num_batches_tracked.dtype == dtype
+
+
+def test_a_tensor_that_outlived_its_transform_is_looked_through(runs: list[str]) -> None:
+    fused = convplan.fuse_training(_small(), policy=QUICK)
+    kept: list[Tensor] = []
+    torch.func.grad(lambda x: (kept.append(x), x.sum())[1])(torch.randn(3, 4, 6, 6))
+    right = fused(kept[0] + 0)
+    torch.testing.assert_close(fused(kept[0]), right)
+
+    class Sum(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.norm = nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)
+
+        def forward(self, x: Tensor, other: Tensor) -> Tensor:
+            return torch.relu(self.norm(self.conv(x)) + other)
+
+    added, x = convplan.fuse_training(Sum(), policy=QUICK), torch.randn(3, 4, 6, 6)
+    right = added(x, kept[0] + 0)
+    torch.testing.assert_close(added(x, kept[0]), right)
+    assert runs[-1] == "conv add relu"
+
+
 def test_what_ran_a_step_before_is_asked_again_under_another_policy(runs: list[str]) -> None:
     fused = convplan.fuse_training(nn.Sequential(nn.Conv2d(4, 6, 3), nn.BatchNorm2d(6), nn.ReLU()))
     x = torch.randn(3, 4, 8, 8, requires_grad=True)

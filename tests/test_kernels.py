@@ -125,6 +125,9 @@ def test_no_rows_at_all() -> None:
     assert (out.shape, saved.shape) == (y.shape, (2, 3))
     assert norm.running_mean is not None
     assert norm.running_mean.tolist() == [0, 0, 0]
+    count = torch.tensor(3)
+    kernels.normalize(y, None, Norm(batches=count))
+    assert count.item() == 4
     assert kernels.column_sums(y).tolist() == [[0] * 3] * 2
     grads = kernels.normalize_backward(out, y, None, saved, norm, "relu")
     assert [one is not None and float(one.sum()) for one in grads] == [0, 0, 0, 0]
@@ -210,7 +213,7 @@ def test_kernels_compile_for_an_absent_gpu_and_read_16_bytes_a_thread(tmp_path: 
         wide, narrow = counts["ld wide"], counts["ld all"] - counts["ld wide"]
         # Nothing of the tensors themselves is read in smaller pieces; vectors of one number a column may be.
         assert wide >= (2 if name.startswith(("sums", "moments")) else 4), name
-        assert narrow <= 4, name
+        assert narrow <= 4 + name.startswith("normalize"), name  # which counts batches
         if not name.startswith(("sums", "moments", "finish")):
             assert counts["st wide"] >= 2, name
         assert counts["shared_bytes"] <= 48 * 1024
@@ -292,6 +295,22 @@ def test_kernels_are_made_ready_for_each_kind_of_call() -> None:
     for place, other in others.items():
         assert launches._normalizing(*given[:place], other, *given[place + 1 :]) is not one
     assert launches._dtypes(torch.ones(1), None, torch.ones(1).half()) == (float32, None, half)
+
+
+def test_what_is_absent_makes_another_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    launches = pytest.importorskip("convplan.kernels.launches")
+    seen: list[Any] = []
+    monkeypatch.setattr(launches, "_launch", lambda ready, index, *tensors: seen.append(ready))
+    y = torch.randn(2, 8, 3, 3).to(memory_format=torch.channels_last)
+    numbers, count = torch.ones(8), torch.tensor(0)
+    norms = (
+        Norm(), Norm(weight=numbers), Norm(bias=numbers), Norm(running_mean=numbers), Norm(running_var=numbers),
+        Norm(batches=count), Norm(batches=count.int()),
+    )  # fmt: skip
+    for norm in (*norms, *norms):
+        launches.normalize(y, torch.ones(2, 8), norm, None, "relu", ())
+    assert len({id(one) for one in seen}) == len(norms)
+    assert seen[: len(norms)] == seen[len(norms) :]
 
 
 def test_importing_the_package_imports_no_triton() -> None:

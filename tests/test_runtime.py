@@ -44,6 +44,7 @@ from convplan._lru import LeastRecentlyUsed
 from convplan._planner import find_plans
 from convplan.engines import registry
 from convplan.engines.fake import FakeCandidate, FakeEngine, VirtualClock
+from convplan.torch_ops.statistics import convolution_with_statistics
 
 NAMES = "hits misses planned tuned from_store from_relative from_rank replay_misses restored compiled fell_back failed"
 NONE = dict.fromkeys([*NAMES.split(), "left_to_torch", "capture_misses"], 0)
@@ -656,6 +657,56 @@ def test_when_every_plan_fails_torch_does_it_with_one_warning(mine: FakeEngine, 
         out = torch.empty_like(expected)
         assert convplan.conv2d(x, w, policy=rules(tune_after=1), out=out) is out
         assert torch.equal(out, expected)
+
+
+@pytest.mark.behaviour("B23")
+def test_what_takes_over_writes_where_it_is_told(mine: FakeEngine) -> None:
+    x, w = tensors()
+    policy = rules(tune_after=1)
+    out = torch.zeros_like(convplan.conv2d(x, w, policy=policy))
+    convplan.conv2d(x, w, policy=policy)
+    break_now(mine, TUNED)
+    with our_warnings(1):
+        assert convplan.conv2d(x, w, policy=policy, out=out) is out
+    torch.testing.assert_close(out, F.conv2d(x, w))
+
+
+def _with_relu(x: torch.Tensor, w: torch.Tensor, policy: Policy) -> list[torch.Tensor]:
+    return [convplan.conv2d(x, w, activation="relu", policy=policy)]
+
+
+def _with_statistics(x: torch.Tensor, w: torch.Tensor, policy: Policy) -> list[torch.Tensor]:
+    found = convolution_with_statistics(x, w, 1, 0, 1, 1, policy)
+    assert found is not None
+    return list(found)
+
+
+@pytest.mark.behaviour("B18")
+@pytest.mark.behaviour("B23")
+@pytest.mark.parametrize("call", [_with_relu, _with_statistics])
+def test_what_follows_is_computed_whichever_plans_fail(mine: FakeEngine, call: Any) -> None:
+    x, w = (t.bfloat16().to(memory_format=torch.channels_last) for t in tensors())
+    y = F.conv2d(x.float(), w.float())
+    right = [y.relu()] if call is _with_relu else [y, torch.stack((y.sum((0, 2, 3)), y.square().sum((0, 2, 3))))]
+    policy = rules(tune_after=1)
+
+    def is_right() -> None:
+        for found, wanted in zip(call(x, w, policy), right, strict=True):
+            torch.testing.assert_close(found.float(), wanted, rtol=3e-2, atol=0.3)
+
+    for _ in range(3):
+        is_right()
+    (first,) = ran(mine, is_right)
+    break_now(mine, first)
+    with our_warnings(1, f"index={first}"):
+        again, second = ran(mine, is_right)
+        assert again == first != second
+        assert ran(mine, is_right) == [second]
+    assert (convplan.stats()["failed"], convplan.stats()["fell_back"]) == (1, 1)
+    break_now(mine, 0, 1, 2)
+    with our_warnings(1, "stock torch runs this convolution: every plan failed"):
+        for _ in range(2):
+            is_right()
 
 
 @pytest.mark.behaviour("B18")

@@ -26,7 +26,9 @@ import torch
 
 from convplan.kernels import composed
 
-__all__ = ["Norm", "activation_backward", "backward_needs", "column_sums", "normalize", "normalize_backward"]
+__all__ = [
+    "Norm", "activation_backward", "backward_needs", "column_sums", "empty_sums", "normalize", "normalize_backward",
+]  # fmt: skip
 
 Tensor = torch.Tensor
 Parameters = tuple[float, ...]
@@ -46,6 +48,7 @@ class Norm(NamedTuple):
         running_mean, running_var: (K,), written by `normalize`; None: not kept.
         momentum: the new batch's share in the running statistics.
         eps: added to the variance.
+        batches: one whole number on y's device, counted up by `normalize`; None: not counted.
     """
 
     weight: Tensor | None = None
@@ -54,6 +57,7 @@ class Norm(NamedTuple):
     running_var: Tensor | None = None
     momentum: float = 0.1
     eps: float = 1e-5
+    batches: Tensor | None = None
 
 
 def column_sums(y: Tensor, out: Tensor | None = None) -> Tensor:
@@ -70,6 +74,14 @@ def column_sums(y: Tensor, out: Tensor | None = None) -> Tensor:
     return found
 
 
+def empty_sums(y: Tensor, channels: int) -> Tensor:
+    """Memory for the sums of so many channels, float32 (2, K), where `y` is."""
+    if y.is_cuda and _launches is not None:
+        made: Tensor = _launches.floats(y, y.get_device(), (2, channels))
+        return made
+    return torch.empty((2, channels), dtype=torch.float32, device=y.device)
+
+
 def normalize(
     y: Tensor,
     sums: Tensor | None,
@@ -84,7 +96,7 @@ def normalize(
         y: (N, K, spatial...), any layout.
         sums: what `column_sums` returns of it, float32 (2, K), contiguous; None: found here, by a pass more, and so
             that a mean far larger than the deviation costs no digits.
-        norm: its running statistics are updated in place, with the unbiased variance.
+        norm: its running statistics are updated in place, with the unbiased variance, and its batches counted.
         residual: of y's shape.
         activation, parameters: a name and all its numbers.
 
@@ -96,6 +108,8 @@ def normalize(
             written.
     """
     if y.numel() == 0:
+        if norm.batches is not None:
+            norm.batches.add_(1)
         return torch.empty_like(y), _statistics(y).zero_()
     if y.numel() == y.shape[1]:
         raise ValueError(f"Expected more than 1 value per channel when training, got input size {y.size()}")

@@ -61,6 +61,8 @@ def normalize(
 ) -> tuple[Tensor, Tensor]:
     """The output, and mean and inverse standard deviation of each channel."""
     weight, bias = _affine(y, norm)
+    if norm.batches is not None:
+        norm.batches.add_(1)
     if sums is None:
         out, mean, invstd = _native(y, norm, weight, bias)
     else:

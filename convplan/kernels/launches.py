@@ -40,8 +40,8 @@ def column_sums(y: Tensor, out: Tensor | None) -> Tensor:
     """Sums and sums of squares of each channel, float32 (2, K)."""
     made = _summing(y.shape, y.dtype, None if out is None else out.dtype)
     index = y.get_device()
-    target = _floats(y, index, made.pair) if out is None else out
-    partials = target if made.finish is None else _floats(y, index, made.parts)
+    target = floats(y, index, made.pair) if out is None else out
+    partials = target if made.finish is None else floats(y, index, made.parts)
     _launch(made.sums, index, y, partials)
     if made.finish is not None:
         _launch(made.finish, index, partials, target)
@@ -52,21 +52,21 @@ def normalize(
     y: Tensor, sums: Tensor | None, norm: Norm, residual: Tensor | None, activation: str, parameters: Parameters
 ) -> tuple[Tensor, Tensor]:
     """One kernel where `sums` are given; else the moments first, and where they are many parts, a kernel for those."""
-    weight, bias, running_mean, running_var, momentum, eps = norm
+    weight, bias, running_mean, running_var, momentum, eps, batches = norm
     made = _normalizing(
-        y.shape, y.dtype, sums is None, residual is None, _dtypes(weight, bias, running_mean, running_var, sums),
-        momentum, eps, activation, parameters,
+        y.shape, y.dtype, sums is None, residual is None,
+        _dtypes(weight, bias, running_mean, running_var, sums, batches), momentum, eps, activation, parameters,
     )  # fmt: skip
     index, given = y.get_device(), sums
     if given is None:
         assert made.moments is not None  # such it is
-        given = _floats(y, index, made.parts)
+        given = floats(y, index, made.parts)
         _launch(made.moments, index, y, given)
         if made.finish is not None:
-            partials, given = given, _floats(y, index, made.pair)
+            partials, given = given, floats(y, index, made.pair)
             _launch(made.finish, index, partials, given)
-    out, saved = _like(y, index, made.shape), _floats(y, index, made.pair)
-    _launch(made.normalize, index, y, residual, out, given, weight, bias, running_mean, running_var, saved)
+    out, saved = _like(y, index, made.shape), floats(y, index, made.pair)
+    _launch(made.normalize, index, y, residual, out, given, weight, bias, running_mean, running_var, saved, batches)
     return out, saved
 
 
@@ -90,8 +90,8 @@ def normalize_backward(
     )
     index = y.get_device()
     g = None if other is None else _like(y, index, made.shape)
-    totals = _floats(y, index, made.pair)
-    partials = totals if made.count == 1 else _floats(y, index, made.parts)
+    totals = floats(y, index, made.pair)
+    partials = totals if made.count == 1 else floats(y, index, made.parts)
     _launch(made.sums, index, grad, y, other, saved, weight, bias, g, partials)
     if made.finish is not None:
         _launch(made.finish, index, partials, totals)
@@ -114,12 +114,12 @@ def activation_backward(
     made = _going_back_alone(grad.shape, grad.dtype, _dtypes(other), activation, parameters, from_output, bias)
     index = grad.get_device()
     g = grad if nothing else _like(grad, index, made.shape)
-    partials = _floats(grad, index, made.parts) if bias else None
+    partials = floats(grad, index, made.parts) if bias else None
     _launch(made.backward, index, grad, None if nothing else other, None if nothing else g, partials)
     if partials is None:
         return g, None
     if made.finish is not None:
-        totals = _floats(grad, index, made.pair)
+        totals = floats(grad, index, made.pair)
         _launch(made.finish, index, partials, totals)
         return g, totals[0]
     return g, partials[0, 0]
@@ -280,7 +280,8 @@ def _dtypes(*tensors: Tensor | None) -> Dtypes:
 # ---- memory, launches
 
 
-def _floats(y: Tensor, index: int, dims: tuple[int, ...]) -> Tensor:
+def floats(y: Tensor, index: int, dims: tuple[int, ...]) -> Tensor:
+    """Memory for float32 numbers on the device of `y`, whose index that is: a row of channels, or (…, 2) of them."""
     if _allocate is not None and index == _current_device():
         columns = dims[-1]
         return _allocate(dims, (columns, 1) if len(dims) == 2 else (2 * columns, columns, 1), _float32)

@@ -137,7 +137,7 @@ def finish(
 
 @triton.jit(do_not_specialize=_SIZES)
 def normalize(
-    y, residual, out, given, weight, bias, running_mean, running_var, saved, momentum, eps,
+    y, residual, out, given, weight, bias, running_mean, running_var, saved, batches, momentum, eps,
     rows, units, rows_each, count, rows_of_count,
     GIVEN: tl.constexpr, ACTIVATION: tl.constexpr, P0: tl.constexpr, P1: tl.constexpr,
     ALIGN: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
@@ -145,7 +145,7 @@ def normalize(
     """`activation((y - mean) * invstd * weight + bias + residual)`.
 
     `given` holds sums and sums of squares, or moments: partial ones, or (`BLOCK` 1) mean and variance. The programs of
-    the first rows write `saved` and the running statistics.
+    the first rows write `saved` and the running statistics, and the first of all counts the batch.
     """
     columns = units * ALIGN
     at = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
@@ -172,6 +172,9 @@ def normalize(
             unbiased = var * (rows.to(tl.float32) / (rows - 1).to(tl.float32))
             new = (1.0 - momentum) * old + momentum * unbiased
             tl.store(running_var + at, new.to(running_var.dtype.element_ty), mask=inside)
+        if batches is not None:
+            if tl.program_id(0) == 0:
+                tl.store(batches, tl.load(batches) + 1)
     scale = (invstd * _of_columns(weight, at, inside, 1.0))[None, :]
     shift = _of_columns(bias, at, inside, 0.0)[None, :]
     mean = mean[None, :]

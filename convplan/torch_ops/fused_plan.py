@@ -187,6 +187,7 @@ class FusedCaller:
         self._problem = problem
         self._plain = problem.epilogue.is_plain
         self._runner = planned_runner(problem, policy, second.get_device(), second, gradients)
+        self._bare: Run | None = None  # the plan itself, once the runner has nothing more to say
 
     def __call__(
         self,
@@ -200,12 +201,19 @@ class FusedCaller:
         """The result; in `out`, which shares no memory with the others, where that is given."""
         runner = self._runner
         if runner is not None:
-            if not runner.settled:
-                runner.layer = layer_of(self._problem.op, second)
+            more = () if self._plain else (residual, scale)
             try:
-                if self._plain:
-                    return runner(first, second, bias, out)
-                return runner(first, second, bias, out, residual, scale)
+                if self._bare is not None:
+                    try:
+                        return self._bare(first, second, bias, out, *more)
+                    except Exception as exc:  # whatever an engine raises: the runner knows the plans behind it
+                        self._bare = None
+                        return runner.recover(exc, first, second, bias, out, *more)
+                if not runner.settled:
+                    runner.layer = layer_of(self._problem.op, second)
+                result = runner(first, second, bias, out, *more)
+                self._bare = runner.unwatched
+                return result
             except ConvPlanError as exc:
                 note_fallback(exc)
         return self._without_plan(first, second, bias, out, residual, scale)

@@ -60,6 +60,7 @@ class Caller:
     def __init__(self, problem: Problem, runner: Runner | None) -> None:
         self._problem = problem
         self._runner = runner
+        self._bare: Run | None = None  # the plan itself, once the runner has nothing more to say
 
     @classmethod
     def of(
@@ -75,11 +76,20 @@ class Caller:
 
     def __call__(self, first: Tensor, second: Tensor, bias: Tensor | None, out: Tensor | None) -> Tensor:
         """The result; in `out`, where that is given."""
-        if self._runner is not None:
-            if not self._runner.settled:
-                self._runner.layer = layer_of(self._problem.op, second)
+        runner = self._runner
+        if runner is not None:
             try:
-                return self._runner(first, second, bias, out)
+                if self._bare is not None:
+                    try:
+                        return self._bare(first, second, bias, out)
+                    except Exception as exc:  # whatever an engine raises: the runner knows the plans behind it
+                        self._bare = None
+                        return runner.recover(exc, first, second, bias, out)
+                if not runner.settled:
+                    runner.layer = layer_of(self._problem.op, second)
+                result = runner(first, second, bias, out)
+                self._bare = runner.unwatched
+                return result
             except ConvPlanError as exc:
                 note_fallback(exc)
         return self._without_plan(first, second, bias, out)

@@ -10,7 +10,7 @@ alone, and its gradient is zero, of which torch computes the rounding errors.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
@@ -42,12 +42,14 @@ class Step:
         policy: as of `convplan.conv2d`.
         activation: computed last.
         adds: a residual, before that.
+        casts: what the convolution's weight is cast to, as autocast does it; None: it stays as it is.
     """
 
     def __init__(
-        self, problem: Problem | None, args: ConvArgs | None, policy: Policy | None, activation: Resolved, adds: bool
-    ) -> None:
-        self.activation, self.adds = activation, adds
+        self, problem: Problem | None, args: ConvArgs | None, policy: Policy | None, activation: Resolved, adds: bool,
+        casts: torch.dtype | None = None,
+    ) -> None:  # fmt: skip
+        self.activation, self.adds, self.casts = activation, adds, casts
         self.keeps = backward_needs(activation.name, activation.parameters, adds)
         self._policy, self._args = policy, args
         self._asks = problem is not None and problem.op == "fprop"
@@ -102,8 +104,11 @@ class Step:
 class Normalized(torch.autograd.Function):
     """The operation. Gradients of higher orders are composed of torch's own operations and planned convolutions.
 
-    `Normalized.apply(step, input, weight, bias, residual, norm_weight, norm_bias, running_mean, running_var, momentum,
-    eps)`: weight and bias are the convolution's, None without one.
+    `Normalized.apply(step, input, weight, bias, residual, norm_weight, norm_bias, running_mean, running_var,
+    momentum, eps, batches)`: weight and bias are the convolution's, None without one; batches is counted up.
+
+    A weight that autocast casts is cast in here: its gradient comes out in the dtype of the cast, and autograd turns it
+    back, which spares a step of the graph.
     """
 
     @staticmethod
@@ -120,12 +125,16 @@ class Normalized(torch.autograd.Function):
         running_var: Tensor | None,
         momentum: float,
         eps: float,
+        batches: Tensor | None,
     ) -> Tensor:
         """The output; running statistics are updated."""
-        y, sums = input, None
+        y, sums, ctx.cast = input, None, None
         if weight is not None:
+            if step.casts is not None:
+                ctx.cast = weight, weight._version
+                weight = weight.to(step.casts)
             y, sums = step.convolve(input, weight, ctx.needs_input_grad[1:3])
-        norm = Norm(norm_weight, norm_bias, running_mean, running_var, momentum, eps)
+        norm = Norm(norm_weight, norm_bias, running_mean, running_var, momentum, eps, batches)
         out, saved = normalize(y, sums, norm, residual, step.activation.name, step.activation.parameters)
         if bias is not None and running_mean is not None:
             running_mean.add_(bias, alpha=momentum)
@@ -151,8 +160,30 @@ class Normalized(torch.autograd.Function):
         if weight is not None and grad_y is not None:
             to_input, to_weight = step.convolution_gradients(input, weight, grad_y, (need_input, need_weight))
         to_bias = _bias_gradient(ctx, grads[0])
-        nothing = (None,) * 4
+        nothing = (None,) * 5
         return None, to_input, to_weight, to_bias, to_residual, to_norm_weight, to_norm_bias, *nothing
+
+
+# `Normalized.apply` without its look at all arguments for transforms of `torch.func`, which take half its time.
+apply_normalized: Callable[..., Tensor] = super(torch.autograd.Function, Normalized).apply
+
+
+def _as_given(ctx: Any, weight: Tensor | None) -> Tensor | None:
+    """The convolution's weight as it was given, where a cast of it was saved.
+
+    Raises:
+        RuntimeError: it is not what it was, as torch says it of what it saved itself.
+    """
+    if ctx.cast is None:
+        return weight
+    given, version = ctx.cast
+    if given._version != version:
+        raise RuntimeError(
+            "one of the variables needed for gradient computation has been modified by an inplace operation: the "
+            f"weight of a convolution, {tuple(given.shape)}, is at version {given._version}; expected version "
+            f"{version} instead"
+        )
+    return cast(Tensor, given)
 
 
 def _bias_gradient(ctx: Any, grad: Tensor) -> Tensor | None:
@@ -168,14 +199,15 @@ def _recorded(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     Every input is looked at through an alias, so that the gradients of one which is given twice stay apart.
     """
     step: Step = ctx.step
-    kept = ctx.saved_tensors[3]
+    first, second, _, kept, *_ = ctx.saved_tensors
     input, weight, norm_weight, norm_bias, residual = (
         None if one is None else one.view_as(one)
-        for one in (*ctx.saved_tensors[:2], *ctx.saved_tensors[5:], kept if step.keeps == "residual" else None)
+        for one in (first, _as_given(ctx, second), *ctx.saved_tensors[5:], kept if step.keeps == "residual" else None)
     )
     y = input
     if weight is not None:
-        y = Linear.apply(step.op, input, weight, None, step.geometry)  # type: ignore[no-untyped-call]
+        used = weight if step.casts is None else weight.to(step.casts)
+        y = Linear.apply(step.op, input, used, None, step.geometry)  # type: ignore[no-untyped-call]
     result = F.batch_norm(cast(Tensor, y), None, None, norm_weight, norm_bias, True, 0.0, ctx.eps)
     if step.keeps == "out":
         grad = step.activation.gradient(grad, kept)
@@ -187,7 +219,7 @@ def _recorded(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     found = torch.autograd.grad(
         result, [cast(Tensor, given[place]) for place in wanted], grad, create_graph=True, allow_unused=True
     ) if wanted else ()  # fmt: skip
-    gradients: list[Tensor | None] = [None] * 11
+    gradients: list[Tensor | None] = [None] * 12
     for place, one in zip(wanted, found, strict=True):
         gradients[place] = one
     if needs[3] and ctx.bias is not None:

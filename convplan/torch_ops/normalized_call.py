@@ -27,7 +27,7 @@ from convplan.torch_ops import functional
 from convplan.torch_ops.adapter import forward_problem
 from convplan.torch_ops.arguments import cast_for_autocast
 from convplan.torch_ops.fused_modules import MOST_SHAPES, Sum, geometry_of
-from convplan.torch_ops.normalized import Normalized, Step
+from convplan.torch_ops.normalized import Step, apply_normalized
 
 Tensor = torch.Tensor
 
@@ -35,6 +35,7 @@ _any_autocast = torch._C._is_any_autocast_enabled
 _is_compiling = torch.compiler.is_compiling
 _is_tracing = torch._C._get_tracing_state
 _transform = torch._C._functorch.maybe_current_level
+_alive = torch._C._functorch.unwrap_if_dead
 _PLAIN = (Tensor, nn.Parameter)
 _RANKS = {nn.BatchNorm1d: 3, nn.BatchNorm2d: 4, nn.BatchNorm3d: 5}
 
@@ -144,12 +145,14 @@ class NormalizedCall:
 
     def _trained(self, conv: Any, norm: Any, x: Tensor, residual: Any) -> Tensor:
         given, kind = x, x.device.type
-        weight = bias = None
+        weight = bias = dtype = None
         if conv is not None:
             weight, bias = conv._parameters["weight"], conv._parameters["bias"]
         autocast = _any_autocast() and torch.is_autocast_enabled(kind)
         if autocast and weight is not None:
-            x, weight = cast_for_autocast(x, weight)
+            dtype = torch.get_autocast_dtype(kind)
+            if x.dtype is not dtype:
+                x = cast_for_autocast(x)[0]
         scale, offset = norm._parameters["weight"], norm._parameters["bias"]
         try:
             key = (
@@ -163,21 +166,22 @@ class NormalizedCall:
         if found is _UNKNOWN:
             if len(self._steps) >= MOST_SHAPES:
                 self._steps.clear()
-            found = self._steps[key] = self._new_step(conv, norm, x, weight, residual, autocast)
+            found = self._steps[key] = self._new_step(conv, norm, x, weight, residual, dtype, autocast)
         if found is None:
             return self._apart(conv, norm, given, residual)
-        mean = var = None
+        mean = var = count = None
         if norm.training and norm.track_running_stats:
             buffers = norm._buffers
             mean, var, count = buffers["running_mean"], buffers["running_var"], buffers["num_batches_tracked"]
-            if count is not None:
+            if count is not None and count.get_device() != x.get_device():
                 count.add_(1)
+                count = None
         if autocast:
             torch.set_autocast_enabled(kind, False)
         try:
-            result: Tensor = Normalized.apply(  # type: ignore[no-untyped-call]
-                found, x, weight, bias, residual if found.adds else None, scale, offset, mean, var,
-                norm.momentum or 0.0, norm.eps,
+            result = apply_normalized(
+                found, _alive(x), weight, bias, _alive(residual) if found.adds else None, scale, offset, mean, var,
+                norm.momentum or 0.0, norm.eps, count,
             )  # fmt: skip
         finally:
             if autocast:
@@ -187,19 +191,27 @@ class NormalizedCall:
         return self._behind(result, residual)
 
     def _new_step(
-        self, conv: Any, norm: Any, x: Tensor, weight: Tensor | None, residual: Any, autocast: bool
-    ) -> Step | None:
-        """What a call with such tensors does; None: each part by itself, where errors are torch's own."""
+        self, conv: Any, norm: Any, x: Tensor, weight: Tensor | None, residual: Any, dtype: torch.dtype | None,
+        autocast: bool,
+    ) -> Step | None:  # fmt: skip
+        """What a call with such tensors does; None: each part by itself, where errors are torch's own.
+
+        Args:
+            x: as autocast casts it.
+            dtype: what autocast casts to, None where it does not.
+        """
         if x.dtype not in TAKEN.get(x.device.type, ()) or x.dim() != _RANKS[type(norm)]:
             return None
-        args = problem = None
+        args = problem = casts = None
         dims, strides = tuple(x.shape), x.stride()
         if weight is not None:
             if type(weight) not in _PLAIN:
                 return None
+            used = weight if dtype is None else cast_for_autocast(weight)[0]
+            casts = None if used is weight else dtype
             try:
-                args = geometry_of(conv).args(weight)
-                problem = forward_problem(x, weight, None, args)
+                args = geometry_of(conv).args(used)
+                problem = forward_problem(x, used, None, args)
             except SpecError:
                 return None
             dims, strides = problem.output.dims, problem.output.strides
@@ -210,7 +222,7 @@ class NormalizedCall:
             and normalize_strides(dims, residual.stride()) == normalize_strides(dims, strides)
         )  # fmt: skip
         apart = (self._sum is not None and not adds) or _widens(self._activation, autocast)
-        return Step(problem, args, self._policy, NONE if apart else self._activation, adds)
+        return Step(problem, args, self._policy, NONE if apart else self._activation, adds, casts)
 
     # --- eval mode
 

@@ -17,7 +17,7 @@ from convplan._policy import Policy
 from convplan._problem import STATISTICS_DTYPES, Problem
 from convplan._runtime import local
 from convplan.engines._support import TORCH_DTYPES
-from convplan.kernels import column_sums
+from convplan.kernels import column_sums, empty_sums
 from convplan.torch_ops.adapter import ALIGNMENT_BYTES, NotExpressible, forward_problem
 from convplan.torch_ops.arguments import Ints, Padding, arguments
 from convplan.torch_ops.linear import last_resort, layer_of, planned_runner
@@ -58,6 +58,7 @@ def convolution_with_statistics(
     return found
 
 
+Run = Callable[..., Tensor]
 Caller = Callable[[Tensor, Tensor], tuple[Tensor, Tensor] | None]
 
 
@@ -114,15 +115,25 @@ class _Caller:
         self._problem = problem
         self._channels = problem.output.dims[1]
         self._runner = planned_runner(problem, policy, weight.get_device(), weight, gradients)
+        self._bare: Run | None = None  # the plan itself, once the runner has nothing more to say
 
     def __call__(self, input: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-        sums = torch.empty((2, self._channels), dtype=torch.float32, device=input.device)
+        sums = empty_sums(input, self._channels)
         runner = self._runner
         if runner is not None:
-            if not runner.settled:
-                runner.layer = layer_of("fprop", weight)
+            given = (input, weight, None, None, None, None, sums)
             try:
-                return runner(input, weight, None, None, None, None, sums), sums
+                if self._bare is not None:
+                    try:
+                        return self._bare(*given), sums
+                    except Exception as exc:  # whatever an engine raises: the runner knows the plans behind it
+                        self._bare = None
+                        return runner.recover(exc, *given), sums
+                if not runner.settled:
+                    runner.layer = layer_of("fprop", weight)
+                result = runner(*given)
+                self._bare = runner.unwatched
+                return result, sums
             except ConvPlanError as exc:
                 note_fallback(exc)
         result = last_resort(self._problem.core)(input, weight, None, None)

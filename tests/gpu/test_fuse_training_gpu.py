@@ -193,6 +193,20 @@ def test_graphed_callables_train() -> None:
     torch.testing.assert_close(list(fused.buffers()), list(stock.buffers()), rtol=1e-2, atol=1e-3)
 
 
+@pytest.mark.parametrize("device", ["cuda", "cpu"])
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32])
+def test_batches_are_counted_wherever_the_count_is(device: str, dtype: torch.dtype, runs: list[str]) -> None:
+    model, x = build("bottlenecks")
+    norms = [one for one in model.modules() if isinstance(one, nn.BatchNorm2d)]
+    for place, one in enumerate(norms):
+        one.num_batches_tracked = torch.tensor(place, device=device, dtype=dtype)
+    fused = convplan.fuse_training(model, policy=QUICKER)
+    for _ in range(3):
+        fused(x)
+    assert runs
+    assert [one.num_batches_tracked.item() for one in norms] == [place + 3 for place in range(len(norms))]
+
+
 def test_two_steps_are_the_same_to_the_bit() -> None:
     model, x = build("bottlenecks")
     fused = convplan.fuse_training(model.bfloat16(), policy=Policy(effort="instant", deterministic=True))
