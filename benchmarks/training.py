@@ -11,7 +11,9 @@ has a process of its own: stock torch with benchmark mode on from its first call
 under `enable()` with tuned plans. What is chosen by timing is chosen alone on the GPU, but for convplan's plans: while
 those are tuned, another process fills Inductor's cache. Then a round asks each side for one sample, in shuffled order,
 while the others wait; the figure is the middle of the rounds. The same processes then run the whole step as one CUDA
-graph. Of the bottleneck block, forward and backward are graphs of their own too, each timed by events.
+graph. Of the bottleneck block, forward and backward are graphs of their own too, each timed by events. Of whole models,
+last, the model alone is made a graphed callable, which is one line in a training loop: by
+`torch.cuda.make_graphed_callables`, and the compiled one by `mode="reduce-overhead"`; loss and optimizer are launched.
 
 Before each kind of rounds every side is put back to the same weights and takes two steps: the loss after the first one
 and some gradients of it are compared with float32. A side may be off by half as much again as stock torch's eager run.
@@ -216,7 +218,9 @@ class Side(ModelSide):
         if self.cuda:
             gc.collect()
             torch.cuda.empty_cache()  # of the graph before, and of what was tried: others need the room
-            if phase != "eager":
+            if phase == "callable":
+                self._graph_model()
+            elif phase != "eager":
                 self.pieces = self._captured(self.pieces)
         self.wait()
 
@@ -232,6 +236,16 @@ class Side(ModelSide):
         for _ in range(WARM_UPS):
             self.step()
         self.wait()
+
+    def _graph_model(self) -> None:
+        """For good: nothing else can be captured with it afterwards."""
+        if self.way == "compiled":
+            self.call = torch.compile(self.net, mode="reduce-overhead")
+        else:
+            with self.around():
+                self.call = torch.cuda.make_graphed_callables(self.call, (self.x,))
+        for _ in range(WARM_UPS):
+            self.step()
 
     def _captured(self, pieces: list[Callable[[], Tensor]]) -> list[Callable[[], Tensor]]:
         """Each piece as a graph that is replayed; they are meant to run in this order."""
@@ -330,7 +344,7 @@ def apart(found: list[Tensor] | None, right: list[Tensor] | None) -> dict[str, f
 def compare(options: argparse.Namespace, case: dict[str, Any], write_all: Callable[[], None]) -> bool:
     """All sides of one case, its phases written as they end; whether there was time for all of them."""
     phases = ["eager", *(["graphed"] if options.device == "cuda" else [])]
-    phases += STAGES if MODELS[case["model"]].stages else ()
+    phases += STAGES if MODELS[case["model"]].stages else ["callable"] if options.device == "cuda" else []
     more = ("--dtypes", case["dtype"], "--batches", str(case["batch"]))
 
     def process(key: tuple[str, str]) -> Process:
@@ -378,7 +392,10 @@ def prepared(sides: dict[tuple[str, str], Process], phase: str, fills_cache: Pro
 
 # ---- the table
 
-HEADS = {"eager": "step", "graphed": "step, one CUDA graph", "forward": "forward", "backward": "backward"}
+HEADS = {
+    "eager": "step", "graphed": "step, one CUDA graph", "forward": "forward", "backward": "backward",
+    "callable": "step, the model a graphed callable",
+}  # fmt: skip
 
 
 def table(raw: dict[str, Any]) -> str:
