@@ -294,3 +294,27 @@ def test_what_is_remembered_has_a_bound_and_stays_in_its_process(monkeypatch: py
 def inputs_of_one() -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(3)
     return torch.randn(1, 4, 5, 5, generator=generator), torch.randn(1, 4, 5, 5, generator=generator)
+
+
+class Halved(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x / 2
+
+
+@pytest.mark.parametrize("name", ["weight", "bias"])
+def test_what_is_computed_or_exchanged_later_is_what_counts(name: str) -> None:
+    _, fast, inside = made(adds=False)
+    x, other = inputs()
+    with torch.no_grad():
+        fast(x, other)
+        for _ in range(2):
+            torch.nn.utils.parametrize.register_parametrization(inside, name, Halved())
+            own = {"weight": inside.weight, "bias": inside.bias}
+            right = torch.relu(nn.functional.conv2d(x, **own, padding=1))
+            torch.testing.assert_close(fast(x, other), right, rtol=1e-4, atol=1e-5)
+            torch.nn.utils.parametrize.remove_parametrizations(inside, name)
+        delattr(inside, name)
+        setattr(inside, name, torch.ones_like(own[name]))
+        own[name] = torch.ones_like(own[name])
+        right = torch.relu(nn.functional.conv2d(x, **own, padding=1))
+        torch.testing.assert_close(fast(x, other), right, rtol=1e-4, atol=1e-5)

@@ -364,6 +364,7 @@ def _checked(caller: Caller, problem: Problem, device: torch.device) -> Run:
             return out.copy_(caller(input, weight, bias, None))
         return caller(input, weight, bias, out)
 
+    run.bare = caller  # type: ignore[attr-defined]
     return run
 
 

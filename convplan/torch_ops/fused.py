@@ -55,7 +55,7 @@ from convplan.torch_ops.fused_plan import (
     dense,
     fused_problem,
 )
-from convplan.torch_ops.library import result_dims
+from convplan.torch_ops.library import bare_of, result_dims
 from convplan.torch_ops.linear import Geometry, Linear, bias_gradient, gradients, has_kernels
 from convplan.torch_ops.seen import live_flags
 from convplan.torch_ops.traced import traced_fused
@@ -249,6 +249,7 @@ def _checked(caller: Run, problem: Problem, device: torch.device) -> Run:
             return out.copy_(caller(input, weight, bias, None, residual, scale))
         return caller(input, weight, bias, out, residual, scale)
 
+    run.bare = caller  # type: ignore[attr-defined]
     return run
 
 
@@ -336,6 +337,8 @@ def _without_autocast(run: Run, device: str, looks: bool) -> Run:
         with torch.autocast(device, enabled=False):
             return run(input, weight, bias, out, residual, scale)
 
+    if not looks:
+        run_plainly.bare = bare_of(run)  # type: ignore[attr-defined]
     return run_plainly
 
 

@@ -22,7 +22,7 @@ from convplan._runtime import Callers, local
 from convplan.torch_ops import functional, fused
 from convplan.torch_ops.adapter import DTYPE_NAMES, ConvArgs, output_strides
 from convplan.torch_ops.arguments import Padding, arguments
-from convplan.torch_ops.library import result_dims
+from convplan.torch_ops.library import bare_of, result_dims
 from convplan.torch_ops.seen import live_flags
 
 Tensor = torch.Tensor
@@ -202,7 +202,7 @@ class FusedCall(nn.Module):
         if kept:
             if len(self._seen) >= MOST_SHAPES:
                 self._seen.clear()
-            self._seen[id(home), x.shape] = (weakref.ref(home), given, caller, whole)
+            self._seen[id(home), x.shape] = (weakref.ref(home), given, bare_of(caller), whole)
         return caller(x, weight, bias, None, residual, None) if whole else caller(x, weight, bias, None)
 
     def _keeps_dtype(self, x: Tensor) -> bool:
@@ -298,7 +298,10 @@ class FusedConv(FusedCall):
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:  # type: ignore[override]
         """The convolution of x, and all that follows it here."""
-        return super().forward(x, self.weight, self.bias, residual)
+        own = self._parameters
+        if "weight" not in own or "bias" not in own:  # computed by a parametrization
+            return super().forward(x, self.weight, self.bias, residual)
+        return FusedCall.forward(self, x, own["weight"], own["bias"], residual)  # type: ignore[arg-type]
 
 
 _LOOKED_UP = (
