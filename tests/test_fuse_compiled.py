@@ -196,6 +196,26 @@ def test_a_fused_model_that_is_compiled_has_its_sums_in_its_plans(form: torch.me
     assert found.stride() == right.stride()
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch itself, while Inductor is imported
+def test_inductors_own_code_calls_the_plans_and_nothing_else(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
+    from torch._inductor.utils import run_and_get_code
+
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "inductor"))
+    model = ready(Residual()).to(memory_format=torch.channels_last)
+    fused = convplan.fuse(model, policy=QUICK)
+    x = torch.randn(2, 4, 6, 5).to(memory_format=torch.channels_last)
+    options = {**convplan.compile_options(fuse=True), "fx_graph_cache": False}
+    with torch.no_grad():
+        found, (code, *_) = run_and_get_code(torch.compile(fused, options=options), x)
+        right = model(x)
+    torch.testing.assert_close(found, right, rtol=1e-4, atol=1e-4)
+    assert found.stride() == right.stride()
+    assert code.count("torch.ops.convplan.fused_convolution.kept(") == 3
+    assert code.count("torch.ops.convplan.convolution.kept(") == 1
+    assert "extern_kernels.convolution" not in code
+    assert convplan.stats()["misses"] == 4
+
+
 def test_functions_keep_their_policy_and_what_they_already_fuse() -> None:
     class Called(nn.Module):
         def __init__(self) -> None:

@@ -156,3 +156,17 @@ def test_a_model_compiled_with_fusing_computes_the_same() -> None:
     assert sum("residual" in one for one in epilogues) == 1
     with torch.no_grad():
         torch.testing.assert_close(found, model(x), rtol=2e-2, atol=2e-2)
+
+
+def test_a_fused_network_that_is_compiled_computes_the_same_by_the_same_plans() -> None:
+    model = build("torchvision", "resnet18").cuda().half().to(memory_format=torch.channels_last)
+    x = torch.randn(2, 3, 96, 96, device="cuda").half().to(memory_format=torch.channels_last)
+    fused = convplan.fuse(model, policy=QUICK)
+    with torch.no_grad():
+        with convplan.capture() as eager:
+            expected = fused(x)
+        run = torch.compile(fused, options=convplan.compile_options(fuse=True))
+        with convplan.capture() as compiled:
+            found = run(x)
+    torch.testing.assert_close(found, expected, rtol=2e-2, atol=2e-2)
+    assert {str(problem) for problem in compiled} == {str(problem) for problem in eager}
