@@ -312,6 +312,16 @@ def test_a_weight_that_is_not_what_it_was_is_told(runs: list[str]) -> None:
         torch.autograd.grad(loss, x, create_graph=True)
 
 
+def test_weights_that_were_made_in_inference_mode_are_cast_too(runs: list[str]) -> None:
+    with torch.inference_mode():
+        model = _small()
+        fused = convplan.fuse_training(model, policy=QUICK)
+        x = torch.randn(3, 4, 6, 6)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            torch.testing.assert_close(fused(x), model(x), rtol=2e-2, atol=2e-2)
+    assert runs
+
+
 @pytest.mark.parametrize("dtype", [torch.int64, torch.int32])
 def test_batches_are_counted_once_however_they_are_counted(dtype: torch.dtype, everywhere: bool) -> None:
     model = _small()

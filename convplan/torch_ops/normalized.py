@@ -131,7 +131,7 @@ class Normalized(torch.autograd.Function):
         y, sums, ctx.cast = input, None, None
         if weight is not None:
             if step.casts is not None:
-                ctx.cast = weight, weight._version
+                ctx.cast = weight, None if weight.is_inference() else weight._version
                 weight = weight.to(step.casts)
             y, sums = step.convolve(input, weight, ctx.needs_input_grad[1:3])
         norm = Norm(norm_weight, norm_bias, running_mean, running_var, momentum, eps, batches)
