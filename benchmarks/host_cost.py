@@ -193,6 +193,11 @@ def profile_lines(profile: dict[str, Any]) -> list[str]:
         for part, begin in (("stages", ""), ("parts_of_the_run", "a part, timed alone: ")):
             for name in runs[0][part]:
                 lines.append(f"| {begin}{name} | {statistics.median(run[part][name] for run in runs):.2f} |")
+        if "forward_and_backward" in runs[0]:  # runs before it was measured have none
+            lines += ["", "| forward and backward | us |", "|---|---|"]
+            for name in runs[0]["forward_and_backward"]:
+                middle = statistics.median(run["forward_and_backward"][name] for run in runs)
+                lines.append(f"| {name} | {middle:.2f} |")
         lines.append("")
     return lines[:-1]
 

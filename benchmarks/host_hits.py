@@ -15,7 +15,7 @@ import statistics
 import time
 import warnings
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -24,6 +24,7 @@ import torch.nn.functional as F
 import convplan
 from convplan import Policy
 from convplan.engines import registry
+from convplan.engines.aten import stock_backward
 from convplan.torch_ops import override, seen
 
 LAYERS = 50
@@ -206,20 +207,42 @@ def profiled(device: str, rounds: int) -> dict[str, Any]:
         },
         "parts_of_the_run": parts,
         "ratio": us["all"] / us["stock"],
+        "forward_and_backward": backward_stages(device, rounds),
     }
 
 
-class replaced:  # noqa: N801 - reads as what holds in the block
-    """A block in which a function stands at the dispatcher's entry, and does nothing but be called."""
+def backward_stages(device: str, rounds: int) -> dict[str, float]:
+    """The same of a 2-D call with its gradients, of which an entry in Python is handed eleven arguments."""
+    case = Case("2-D", gradients="computed")
+    both, (kernel, keys) = step(case, Layers.of(case, device), None), stock_backward(device)
+    blocks: dict[str, Callable[[], AbstractContextManager[object]]] = {
+        "stock torch, for comparison": nullcontext,
+        "with an entry in Python for the gradients, which hands all on to torch's own kernel": lambda: replaced(
+            lambda *given: kernel.call_boxed(keys, *given), device, "convolution_backward"
+        ),
+        "all of it under `enable()`": lambda: convplan.enabled(POLICY),
+    }
+    found: dict[str, list[float]] = {name: [] for name in blocks}
+    for _ in range(rounds):
+        for name, block in blocks.items():
+            with block():
+                for _ in range(4):
+                    both()
+                found[name].append(timed_us(both, device) / LAYERS)
+    return {name: statistics.median(values) for name, values in found.items()}
 
-    def __init__(self, function: Callable[..., Tensor], device: str) -> None:
-        self._function, self._device = function, device.upper()
+
+class replaced:  # noqa: N801 - reads as what holds in the block
+    """A block in which a function stands at one of the dispatcher's entries."""
+
+    def __init__(self, function: Callable[..., Any], device: str, name: str = "convolution") -> None:
+        self._function, self._device, self._name = function, device.upper(), name
 
     def __enter__(self) -> None:
         self._library = torch.library.Library("aten", "IMPL")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            self._library.impl("convolution", self._function, self._device)
+            self._library.impl(self._name, self._function, self._device)
 
     def __exit__(self, *raised: object) -> None:
         self._library._destroy()
