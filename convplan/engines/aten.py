@@ -27,7 +27,7 @@ from convplan._errors import PlanRejected
 from convplan._policy import Effort, Policy, torch_flags
 from convplan._problem import DTYPES, Problem, TensorSpec
 from convplan.engines._padding import SplitPadding, lift, output_padding
-from convplan.engines._support import deliver, dtype_refusal
+from convplan.engines._support import deliver, dtype_refusal, onednn_misreads
 from convplan.engines.base import FALLBACK, LAST_RESORT, YES, Built, Candidate, EngineConfig, Run, Support, no
 
 
@@ -163,13 +163,14 @@ def _layouts(problem: Problem) -> list[Layout]:
 
 
 def _computes(problem: Problem) -> tuple[Compute, ...]:
-    """Float32 as well for 16-bit types on the CPU, and float32 alone where oneDNN lacks the type.
+    """Float32 as well for 16-bit types on the CPU, and float32 alone where oneDNN lacks the type, or is wrong.
 
-    Torch's own kernels then take over, which round sums to 16 bits in between and are 10 to 40 times slower.
+    Where it lacks it torch's own kernels take over, which round sums to 16 bits on the way and are 10 to 40 times slower.
     """
     if problem.device != "cpu" or DTYPES[problem.dtype].itemsize_bytes > 2:
         return (Compute.OWN,)
-    return (Compute.OWN, Compute.FLOAT32) if onednn_computes(problem.dtype) else (Compute.FLOAT32,)
+    own = onednn_computes(problem.dtype) and not (problem.op == "fprop" and onednn_misreads(problem))
+    return (Compute.OWN, Compute.FLOAT32) if own else (Compute.FLOAT32,)
 
 
 def _vias(problem: Problem) -> tuple[Via, ...]:
@@ -177,7 +178,7 @@ def _vias(problem: Problem) -> tuple[Via, ...]:
         return (Via.BACKWARD,)
     reach = [dil * (taps - 1) for dil, taps in zip(problem.dilation, problem.w.dims[2:], strict=True)]
     fits = all(max(pair) <= far for pair, far in zip(problem.padding, reach, strict=True))
-    flipped = (Via.FLIPPED,) if set(problem.stride) == {1} and fits else ()
+    flipped = (Via.FLIPPED,) if set(problem.stride) == {1} and fits and not onednn_misreads(problem) else ()
     if problem.epilogue.bias:  # the backward kernel adds none, and adding it afterwards rounds twice
         return (Via.TRANSPOSED, *flipped)
     return (Via.BACKWARD, Via.TRANSPOSED, *flipped)

@@ -26,7 +26,7 @@ from convplan._policy import Effort, Policy
 from convplan._problem import DTYPES, Problem
 from convplan.engines._epilogues import activate
 from convplan.engines._padding import SplitPadding, lift, output_padding
-from convplan.engines._support import TORCH_DTYPES, deliver
+from convplan.engines._support import TORCH_DTYPES, deliver, onednn_misreads
 from convplan.engines.base import YES, Built, Candidate, EngineConfig, Notes, Run, Support, no
 
 
@@ -175,13 +175,14 @@ def _layouts(problem: Problem) -> list[Layout]:
 
 
 def _computes(problem: Problem) -> tuple[Compute, ...]:
-    """The tensors' dtype where oneDNN has it, and float32 for 16-bit types.
+    """The tensors' dtype where oneDNN has it and is right, and float32 for 16-bit types.
 
     A weight with a scale folded in is rounded once more, which 16-bit types have no room for.
     """
     if problem.dtype == "float32":
         return (Compute.OWN,)
     own = onednn_computes(problem.dtype) and problem.output_dtype == problem.dtype and not problem.epilogue.scale
+    own = own and not (problem.op == "fprop" and onednn_misreads(problem))
     return (Compute.OWN, Compute.FLOAT32) if own else (Compute.FLOAT32,)
 
 
