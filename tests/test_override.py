@@ -239,6 +239,23 @@ def test_every_combination_of_layouts_gives_torchs_strides(
     assert wrong == []
 
 
+@pytest.mark.behaviour("B3")
+@pytest.mark.parametrize("outer", [0, 1, (0, 1, 0)], ids=str)
+@pytest.mark.parametrize(("engine", "dtype"), [("aten", "f32"), ("matmul", "f32"), ("aten", "bf16")])
+def test_output_padding_of_the_stride_and_more_takes_torch_to_kernels_that_know_one_layout(
+    engine: str, dtype: str, outer: int | tuple[int, ...]
+) -> None:
+    one = Call("", (2, 3, 2, 2, 3), (3, 2, 2, 3, 2), {"padding": 1, "dilation": 2, "output_padding": outer}, bias=False)
+    x, w, _ = one.tensors(DTYPES[dtype])
+    w = _channels_last(w)
+    right = F.conv_transpose3d(x, w, **one.arguments)
+    with convplan.enabled(POLICIES[engine]):
+        found = F.conv_transpose3d(x, w, **one.arguments)
+    assert _stepped(found) == _stepped(right)
+    torch.testing.assert_close(found, right, rtol=0.02, atol=0.02)
+
+
+
 def _with_gradients(one: Call, x: Tensor, w: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     y, (dx, dw) = one.differentiate(F, x, w, None, torch.ones_like)
     return y, dx, dw

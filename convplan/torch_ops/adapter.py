@@ -166,6 +166,8 @@ def _onednn_takes(x: torch.Tensor, w: torch.Tensor, args: ConvArgs) -> bool:
     """Torch's own choice between oneDNN and its native kernels (`use_mkldnn` in its Convolution.cpp)."""
     if not onednn_computes(DTYPE_NAMES[x.dtype]):
         return False
+    if args.transposed and any(outer >= step for outer, step in zip(args.output_padding, args.stride, strict=True)):
+        return False
     if x.dtype != torch.float32:
         return True
     plain = set(args.stride) | set(args.dilation) == {1}
