@@ -456,7 +456,9 @@ def test_explain_accepts_the_beginning_of_a_key(run: Run, stored: list[str]) -> 
     assert found["key"] == stored[0]
     assert msgspec.convert(found["record"], PlanRecord) == record
     assert found["hardware_limit"]["us"] == max(found["hardware_limit"][name] for name in ("flops_us", "bytes_us"))
-    assert [one["median_us"] for one in found["stock_torch"]] == [e.median_us for e in record.ranking if e.stock]
+    stock = [e.median_us for e in (*record.ranking, *record.rejected) if e.stock]
+    assert stock
+    assert [one["median_us"] for one in found["stock_torch"]] == stock
     assert sum(len(group["candidates"]) for group in found["rejected"]) == len(record.rejected)
     assert run("explain", stored[0], "--all").out == record.explain(every_rejection=True) + "\n"
 
