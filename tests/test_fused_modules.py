@@ -182,8 +182,10 @@ def test_what_another_thread_remembers_is_not_taken(asked: list[str]) -> None:
         check(model, fast, x, other)
     asked.clear()
     stranger = _runtime.Callers(8, [0])
-    for key, (_, *rest) in dict(inside._seen).items():
-        inside._seen[key] = (weakref.ref(stranger), *rest)  # whose table was at the same address, before it went
+    for key, known in dict(inside._seen).items():
+        inside._seen[key] = known._replace(
+            home=weakref.ref(stranger)
+        )  # whose table was at the same address, before it went
     check(model, fast, x, other)
     assert asked == ["fused"]
 
@@ -217,13 +219,13 @@ def test_gradients_autocast_and_other_threads_go_their_own_way(asked: list[str])
     thread.join()
     ((home, results),) = found
     assert all(torch.equal(one, expected) for one in results)
-    homes = [seen[0]() for seen in inside._seen.values()]
+    homes = [known.home() for known in inside._seen.values()]
     assert len(homes) == 2
     assert any(one is home for one in homes)
     assert any(one is _runtime.local.callers for one in homes)
     del home, homes, found[:]
     gc.collect()
-    assert [seen[0]() is None for seen in inside._seen.values()].count(True) == 1, "a thread's plans go with it"
+    assert [known.home() is None for known in inside._seen.values()].count(True) == 1, "a thread's plans go with it"
 
 
 def test_a_new_policy_and_torchs_flags_are_followed(asked: list[str]) -> None:

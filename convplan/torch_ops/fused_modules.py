@@ -23,13 +23,14 @@ from convplan.torch_ops import functional, fused
 from convplan.torch_ops.adapter import DTYPE_NAMES, ConvArgs, output_strides
 from convplan.torch_ops.arguments import Padding, arguments
 from convplan.torch_ops.library import bare_of, result_dims
-from convplan.torch_ops.seen import live_flags
+from convplan.torch_ops.seen import Alike, live_flags
 
 Tensor = torch.Tensor
 
 _any_autocast = torch._C._is_any_autocast_enabled
 _is_compiling = torch.compiler.is_compiling
 _is_grad_enabled = torch.is_grad_enabled
+_is_inference = torch.is_inference_mode_enabled
 _PLAIN = (Tensor, nn.Parameter)
 _WORKED_OUT = ("_function", "_named", "_fused", "_fits", "_seen")
 
@@ -86,6 +87,22 @@ class Geometry(NamedTuple):
         return arguments(self.spatial, weight, stride, padding, dilation, transposed, outer, groups)
 
 
+class _Known(NamedTuple):
+    """A call that was made before.
+
+    Args:
+        home: the thread's table that keeps what ran it.
+        alike: its tensors.
+        run: what ran it.
+        whole: that takes a residual and a scale as well.
+    """
+
+    home: weakref.ref[Callers]
+    alike: Alike
+    run: Callable[..., Tensor]
+    whole: bool
+
+
 class FusedCall(nn.Module):
     """A convolution whose weight is computed elsewhere, with a sum and an activation: one plan where there is one.
 
@@ -124,10 +141,8 @@ class FusedCall(nn.Module):
             name, parameters = self.activation
             self._fused["activation"] = (name, *parameters) if parameters else name
         self._fits: dict[tuple[Any, ...], bool] = {}
-        # By thread and input shape: whose table it is, what the call was, what ran it, and whether that takes all.
-        self._seen: dict[
-            tuple[int, torch.Size], tuple[weakref.ref[Callers], tuple[Any, ...], Callable[..., Tensor], bool]
-        ] = {}
+        # By thread, input shape and whether it was inference mode, in which tensors are others.
+        self._seen: dict[tuple[int, torch.Size, bool], _Known] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         """Without what is worked out from the rest."""
@@ -149,25 +164,22 @@ class FusedCall(nn.Module):
         if self.sum is None:
             residual = None
         try:
-            given = (
-                state.token, x.stride(), x.dtype, x.data_ptr() & 31, type(x),
-                weight.shape, weight.stride(), weight.dtype, weight.data_ptr() & 31, weight.get_device(), type(weight),
-                None if bias is None else (
-                    bias.shape, bias.stride(), bias.dtype, bias.data_ptr() & 31, bias.get_device(), type(bias)
-                ),
-                None if residual is None else (
-                    residual.shape, residual.stride(), residual.dtype, residual.data_ptr() & 31, residual.get_device(),
-                    type(residual),
-                ),
-                live_flags(x.get_device(), x.dtype), x.get_device(),
+            lows = (
+                x.data_ptr() & 31, weight.data_ptr() & 31, 0 if bias is None else bias.data_ptr() & 31,
+                0 if residual is None else residual.data_ptr() & 31,
             )  # fmt: skip
-            seen = self._seen.get((id(home), x.shape))
+            known = self._seen.get((id(home), x.shape, _is_inference()))
         except (AttributeError, RuntimeError):  # no tensors, or without memory of their own
             return self._called(x, weight, bias, residual)
-        if seen is None or seen[1] != given or seen[0]() is not home or home.crowded:
-            return self._looked_up(home, given, x, weight, bias, residual)
-        home.hits[0] += 1
-        return seen[2](x, weight, bias, None, residual, None) if seen[3] else seen[2](x, weight, bias, None)
+        if (
+            known is not None
+            and known.alike.is_like(lows, (x, weight) if residual is None else (x, weight, residual), bias)
+            and known.home() is home
+            and not home.crowded
+        ):
+            home.hits[0] += 1
+            return known.run(x, weight, bias, None, residual, None) if known.whole else known.run(x, weight, bias, None)
+        return self._looked_up(home, lows, x, weight, bias, residual)
 
     def _called(self, x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
         """By the function that users call."""
@@ -180,7 +192,7 @@ class FusedCall(nn.Module):
         return self._function(x, weight, bias, residual=residual, alpha=self.sum.alpha, **self._fused)
 
     def _looked_up(
-        self, home: Callers, given: tuple[Any, ...], x: Tensor, weight: Tensor, bias: Tensor | None,
+        self, home: Callers, lows: tuple[int, ...], x: Tensor, weight: Tensor, bias: Tensor | None,
         residual: Tensor | None,
     ) -> Tensor:  # fmt: skip
         """What a call without gradients does, which is remembered where the thread's table keeps it."""
@@ -202,7 +214,9 @@ class FusedCall(nn.Module):
         if kept:
             if len(self._seen) >= MOST_SHAPES:
                 self._seen.clear()
-            self._seen[id(home), x.shape] = (weakref.ref(home), given, bare_of(caller), whole)
+            inputs = (x, weight) if residual is None else (x, weight, residual)
+            alike = Alike(state.token, inputs, bias, lows, live_flags(x.get_device(), x.dtype))
+            self._seen[id(home), x.shape, _is_inference()] = _Known(weakref.ref(home), alike, bare_of(caller), whole)
         return caller(x, weight, bias, None, residual, None) if whole else caller(x, weight, bias, None)
 
     def _keeps_dtype(self, x: Tensor) -> bool:

@@ -59,56 +59,35 @@ def live_flags(device: int, dtype: torch.dtype | None = None) -> tuple[object, .
     )
 
 
-class Seen:
-    """A call that this thread has made, and what runs it; compared part by part, which is cheaper than making a key.
-
-    Kept by the address of the weight, which tells most convolutions of a program apart. Where weights are made anew in
-    every step, as autocast's copies are, addresses tell nothing: then a call is found by the sizes of input and weight,
-    and known by its new address from there on. One that differs in any part goes by its key.
+class Alike:
+    """The tensors of a call, and torch's settings: whether those of another call are like these.
 
     Args:
-        token: the switch's, when it was made.
-        tensors: those of the call whose sizes, strides, dtype and device are compared.
+        token: the switch's, when the call was made.
+        tensors: whose sizes, strides, dtype and device are compared.
         bias: of the call, if any.
-        rest: the other arguments, as they came.
+        lows: the last five bits of addresses.
         flags: `live_flags` of the call.
-        parts: what runs it; `x_low`, `w_low` and `dy_low`, the last five bits of addresses.
 
     Attributes:
         same: whether tensors are like those of the call. `same_biased`: the same for calls with a bias; the one that
             does not apply says no to all.
-        other: the call of the same weight before this one, if any.
     """
 
-    __slots__ = (
-        "algorithms_deterministic", "caller", "cudnn_deterministic", "cudnn_enabled", "depth", "device", "dtype",
-        "dy_low", "failed", "few_flags", "flags", "hits", "lows", "other", "rest", "run", "same", "same_biased",
-        "token", "w_low", "x_low",
-    )  # fmt: skip
+    __slots__ = ("device", "dtype", "flags", "lows", "same", "same_biased", "token")
 
     def __init__(
         self,
         token: int,
         tensors: tuple[Tensor, ...],
         bias: Tensor | None,
-        rest: tuple[Any, ...],
+        lows: tuple[int, ...],
         flags: tuple[object, ...],
-        **parts: Any,
     ) -> None:
-        self.token = token
+        self.token, self.lows, self.flags = token, lows, flags
         self.same = like(*tensors) if bias is None else _unlike
         self.same_biased = _unlike if bias is None else like(*tensors, bias)
-        self.rest, self.hits = rest, local.callers.hits
-        self.other: Seen | None = None
-        self.depth = 1
         self.dtype, self.device = tensors[0].dtype, tensors[0].get_device()
-        for name, value in parts.items():
-            setattr(self, name, value)
-        self.lows = tuple(value for name, value in parts.items() if name.endswith("_low"))
-        # For most tensors on a GPU there are three flags, which are compared one by one, without a tuple of them.
-        self.algorithms_deterministic, self.cudnn_deterministic = algorithms_deterministic(), cudnn_deterministic()
-        self.cudnn_enabled = cudnn_enabled()
-        self.flags, self.few_flags = flags, len(flags) == 3
 
     def is_like(self, lows: tuple[int, ...], tensors: tuple[Tensor, ...], bias: Tensor | None) -> bool:
         """Whether a call has tensors like these, and torch is set as it was.
@@ -125,6 +104,49 @@ class Seen:
             and live_flags(self.device, self.dtype) == self.flags
         )
 
+
+class Seen(Alike):
+    """A call that this thread has made, and what runs it; compared part by part, which is cheaper than making a key.
+
+    Kept by the address of the weight, which tells most convolutions of a program apart. Where weights are made anew in
+    every step, as autocast's copies are, addresses tell nothing: then a call is found by the sizes of input and weight,
+    and known by its new address from there on. One that differs in any part goes by its key.
+
+    Args:
+        token, tensors, bias, flags: as of `Alike`.
+        rest: the other arguments, as they came.
+        parts: what runs it; `x_low`, `w_low` and `dy_low`, the last five bits of addresses.
+
+    Attributes:
+        other: the call of the same weight before this one, if any.
+    """
+
+    __slots__ = (
+        "algorithms_deterministic", "caller", "cudnn_deterministic", "cudnn_enabled", "depth", "dy_low", "failed",
+        "few_flags", "hits", "other", "rest", "run", "w_low", "x_low",
+    )  # fmt: skip
+
+    def __init__(
+        self,
+        token: int,
+        tensors: tuple[Tensor, ...],
+        bias: Tensor | None,
+        rest: tuple[Any, ...],
+        flags: tuple[object, ...],
+        **parts: Any,
+    ) -> None:
+        lows = tuple(value for name, value in parts.items() if name.endswith("_low"))
+        super().__init__(token, tensors, bias, lows, flags)
+        self.rest, self.hits = rest, local.callers.hits
+        self.other: Seen | None = None
+        self.depth = 1
+        for name, value in parts.items():
+            setattr(self, name, value)
+        # For most tensors on a GPU there are three flags, which are compared one by one, without a tuple of them.
+        self.algorithms_deterministic, self.cudnn_deterministic = algorithms_deterministic(), cudnn_deterministic()
+        self.cudnn_enabled = cudnn_enabled()
+        self.few_flags = len(flags) == 3
+
     def keep(self, table: dict[int, Any], address: int) -> None:
         """Put this call before those that one of the thread's tables has of its weight; too many of them go."""
         before: Seen | None = table.get(address)
@@ -138,7 +160,7 @@ def _unlike(*tensors: Tensor) -> bool:
 
 
 def like(*tensors: Tensor) -> Same:
-    """A function that says whether as many tensors have the same sizes, strides, dtypes and devices as these.
+    """A function that says whether as many tensors have the same sizes, strides, dtypes, devices and classes as these.
 
     May also say no where they differ in something else, such as whether autograd records what is computed from them.
     """
@@ -153,10 +175,10 @@ def _compared_by(guards: Callable[..., Any], *tensors: Tensor) -> Same:
 
 
 def _compared_here(*tensors: Tensor) -> Same:
-    wanted = [(one.dtype, one.shape, one.stride(), one.device) for one in tensors]
+    wanted = [(type(one), one.dtype, one.shape, one.stride(), one.device) for one in tensors]
 
     def same(*others: Tensor) -> bool:
-        return [(one.dtype, one.shape, one.stride(), one.device) for one in others] == wanted
+        return [(type(one), one.dtype, one.shape, one.stride(), one.device) for one in others] == wanted
 
     return same
 
