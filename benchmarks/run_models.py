@@ -1,4 +1,4 @@
-"""Whole models, eager, compiled and graphed, under `enable()` and in stock torch: times side by side, results compared.
+"""Whole models, eager, compiled, graphed and fused, by convplan and by stock torch: times, and results compared.
 
     python benchmarks/run_models.py                                  # $OUT/models.json, models.md (default results/gpu)
     python benchmarks/run_models.py --device cpu --small --ways eager
@@ -10,7 +10,17 @@ Every side runs in a process of its own: stock torch with benchmark mode on from
 in a store that is filled by tuning first. On a GPU in bfloat16 autocast, channels-last. A round asks each side of a
 model for one sample, in shuffled order, while the others wait; the figure is the middle of the rounds. Results are
 compared with float32 without autocast in stock torch: a side may be off by half as much again as stock torch is,
-eager or in the same way. What counts is the best of stock torch's ways over the best of convplan's.
+eager or in the same way. What counts is the best of stock torch's ways over the best of convplan's: of all ways, of
+those without CUDA graphs, and the better of stock torch's eager and compiled runs over all that convplan has.
+
+    eager          the model as it is; convplan's side under `enable()`
+    compiled       `torch.compile`, the same
+    kept           `torch.compile` with `convplan.compile_options()`, by which Inductor keeps convplan's plans; for
+                   inference with `fuse=True`
+    reduced        compiled into CUDA graphs by Inductor (`mode="reduce-overhead"`); convplan's side keeps its plans
+    graphed        the eager step as one CUDA graph
+    fused          convplan's `fuse`, and `fuse_training` for the training step, launched one by one
+    fused-graphed  the same as one CUDA graph; both only of models with batch norms, for the others are left as they are
 """
 
 from __future__ import annotations
@@ -37,9 +47,19 @@ from run_cpu import commit
 from torch import Tensor, nn
 
 HERE = Path(__file__).parent
-WAYS = ("eager", "compiled", "kept", "graphed")  # `kept`: Inductor keeps convplan's plans, so convplan's alone
+WAYS = ("eager", "compiled", "kept", "reduced", "graphed", "fused", "fused-graphed")
+GRAPHS = ("reduced", "graphed", "fused-graphed")  # CUDA's, for GPUs only
+STOCK_LACKS = ("kept", "fused", "fused-graphed")
+FUSED = ("fused", "fused-graphed")
+FUSIBLE = ("resnet-50", "deeplabv3")  # models with batch norms
+LAUNCHED = tuple(way for way in WAYS if way not in GRAPHS)
+# What is compared, and the ways of stock torch and of convplan that it is compared of.
+COMPARED = (
+    ("all ways", WAYS, WAYS),
+    ("without CUDA graphs", LAUNCHED, LAUNCHED),
+    ("stock torch eager or compiled, convplan in any way", ("eager", "compiled"), WAYS),
+)
 PHASES = ("inference", "training")
-LIBRARIES = ("stock", "convplan")
 REFERENCE = "reference"
 ALLOWANCE = 1.5  # times stock torch's own distance from float32
 WARM_UPS = 4
@@ -184,7 +204,7 @@ class Side:
         if self.exact or not self.cuda:
             return nullcontext()
         # A graph keeps the addresses of the weights' copies, which must not be those of a cache that is emptied.
-        return torch.autocast("cuda", torch.bfloat16, cache_enabled=self.way != "graphed")
+        return torch.autocast("cuda", torch.bfloat16, cache_enabled=self.way not in GRAPHS)
 
     def prepare(self, phase: str) -> None:
         """Everything that happens once: tuning, compiling, capturing."""
@@ -192,25 +212,33 @@ class Side:
         self.net.train(self.training)
         self.call: Callable[[Tensor], Tensor] = self.net
         self.run = self.step
-        if self.library == "convplan" and self.way != "kept":
-            import convplan
-
-            convplan.enable()
         if self.library == "convplan":
             import convplan
 
+            if self.way not in ("kept", "reduced"):
+                convplan.enable()
+            if self.way in FUSED:
+                self.call = (convplan.fuse_training if self.training else convplan.fuse)(self.net)
             convplan.tune(self.step)
-        if self.way == "compiled":
-            self.call = torch.compile(self.net)
-        elif self.way == "kept":
-            import convplan
-
-            self.call = torch.compile(self.net, options=convplan.compile_options())
+        if self.way in ("compiled", "kept", "reduced"):
+            self._compile()
         for _ in range(WARM_UPS):
             self.step()
         self.wait()
-        if self.way == "graphed":
+        if self.way in ("graphed", "fused-graphed"):
             self.capture()
+
+    def _compile(self) -> None:
+        mode = "reduce-overhead" if self.way == "reduced" else None
+        if self.library == "stock" or self.way == "compiled":
+            self.call = torch.compile(self.net, mode=mode)
+        if self.library == "convplan":
+            import convplan
+
+            if self.way != "compiled":
+                options = convplan.compile_options(mode=mode, fuse=not self.training)
+                self.call = torch.compile(self.net, options=options)
+            convplan.tune(self.step)  # of what Inductor has laid out in another way
 
     def step(self) -> Tensor:
         with self.around():
@@ -350,22 +378,23 @@ class Process:
 def compare(options: argparse.Namespace, found: dict[str, Any], write: Callable[[], None]) -> None:
     """All sides of one model; its phases are written as they end."""
     name = found["model"]
-    ways = [way for way in options.ways.split(",") if way != "graphed" or options.device == "cuda"]
-    plain = [way for way in ways if way != "kept"]
-    # The first of convplan's tunes, while stock torch's get ready; the others find its plans in the store.
-    sides = [Process(options, name, REFERENCE, "eager"), *(Process(options, name, "stock", way) for way in plain)]
-    sides.append(Process(options, name, "convplan", "eager"))
+    ways = [way for way in options.ways.split(",") if way not in GRAPHS or options.device == "cuda"]
+    ways = [way for way in ways if way not in FUSED or name in FUSIBLE]
+    # The first of convplan's tunes, while stock torch's get ready; the others find its plans in the store. What is
+    # fused is tuned by the first of the fused ones.
+    waves: list[list[tuple[str, str]]] = [[(REFERENCE, "eager")], [], []]
+    waves[0] += [("stock", way) for way in ways if way not in STOCK_LACKS] + [("convplan", "eager")]
+    waves[1] += [("convplan", way) for way in ways if way not in ("eager", "fused-graphed")]
+    waves[2] += [("convplan", way) for way in ways if way == "fused-graphed"]
+    waiting = [[Process(options, name, *key) for key in wave] for wave in waves]
+    sides = [side for wave in waiting for side in wave]
     try:
         for phase in options.phases.split(","):
-            for side in sides:
-                side.say(do="prepare", phase=phase)
-            ready = [side.hear() for side in sides]
-            if len(sides) < 2 + len(plain) + len(ways) - ("eager" in ways):
-                sides += [Process(options, name, "convplan", way) for way in ways if way != "eager"]
-            late = sides[len(ready) :]
-            for side in late:
-                side.say(do="prepare", phase=phase)
-            ready += [side.hear() for side in late]
+            ready = []
+            for wave in waiting:
+                for side in wave:
+                    side.say(do="prepare", phase=phase)
+                ready += [side.hear() for side in wave]
             found["phases"][phase] = timed(options, sides, ready)
             write()
     finally:
@@ -434,7 +463,7 @@ def distance(found: list[Tensor] | None, right: list[Tensor] | None) -> float | 
 
 def table(raw: dict[str, Any]) -> str:
     lines = ["# Whole models", "", *raw["about"], ""]
-    ratios: dict[str, list[float]] = {phase: [] for phase in PHASES}
+    ratios: dict[tuple[str, str], list[float]] = {}
     for model in raw["models"]:
         for phase, rows in model["phases"].items():
             lines += [f"## {model['model']}, {phase}", "", "| library | way | ms | ± | ready after s | off | |"]
@@ -443,16 +472,31 @@ def table(raw: dict[str, Any]) -> str:
             for row in rows:
                 same_way = stock.get("compiled" if row["way"] == "kept" else row["way"], 0.0)
                 lines.append(row_text(row, max(same_way, stock["eager"]) if "eager" in stock else None))
-            best = {library: best_ms(rows, library) for library in LIBRARIES}
-            if all(best.values()):
-                ratios[phase].append(best["stock"] / best["convplan"])
-                lines += ["", f"Best of stock torch over best of convplan: {ratios[phase][-1]:.3f}."]
+            found = [(told, over(rows, *ways)) for told, *ways in COMPARED]
+            for told, ratio in found:
+                ratios.setdefault((phase, told), []).extend([ratio] if ratio else [])
+            if any(ratio for _, ratio in found):
+                lines += ["", "Best of stock torch over best of convplan:"]
+                lines[-1] += " " + "; ".join(f"{told} {ratio:.3f}" for told, ratio in found if ratio) + "."
             lines.append("")
-    for phase, found in ratios.items():
-        if found:
-            mean = statistics.geometric_mean(found)
-            lines.append(f"{phase}: geometric mean {mean:.3f} over {len(found)} models, lowest {min(found):.3f}.")
+    for (phase, told), each in ratios.items():
+        if each:
+            mean = statistics.geometric_mean(each)
+            lines.append(
+                f"- {phase}, {told}: geometric mean {mean:.3f} over {len(each)} models, lowest {min(each):.3f}"
+            )
     return "\n".join(lines) + "\n"
+
+
+def over(rows: list[dict[str, Any]], stock: tuple[str, ...], mine: tuple[str, ...]) -> float:
+    """The best of some ways of stock torch's over the best of some of convplan's; 0 where either has none."""
+
+    def best_ms(library: str, ways: tuple[str, ...]) -> float:
+        usable = [row["ms"] for row in rows if row["library"] == library and row["way"] in ways and row["ms"]]
+        return min(usable, default=0.0)
+
+    convplan_ms = best_ms("convplan", mine)
+    return best_ms("stock", stock) / convplan_ms if convplan_ms else 0.0
 
 
 def row_text(row: dict[str, Any], stock: float | None) -> str:
@@ -463,10 +507,6 @@ def row_text(row: dict[str, Any], stock: float | None) -> str:
     return (
         f"| {row['library']} | {row['way']} | {' | '.join(numbers)} | {'' if off is None else f'{off:.2g}'} | {told} |"
     )
-
-
-def best_ms(rows: list[dict[str, Any]], library: str) -> float:
-    return min((row["ms"] for row in rows if row["library"] == library and row["ms"]), default=0.0)
 
 
 def main() -> None:

@@ -4,7 +4,8 @@
 #     scripts/gpu.sh [check] [tests] [bench] [search] [l2] [host] [memory] [models] [fused] [fusedmodels] [training]
 #                    [traininggraphs] [kernels]
 #
-# The first three by default. Writes to $OUT (default: benchmarks/results/gpu): summary.txt (machine, one line a step),
+# The first three by default. With two GPUs, single benchmarks joined by a plus, such as host+fused, run side by side, each
+# on a GPU of its own. Writes to $OUT (default: benchmarks/results/gpu): summary.txt (machine, one line a step),
 # logs.txt (their output),
 # gpu_findings.json (every plan that ran), the engine's raw numbers and table, gpu.json and gpu.md, and the search's,
 # search.json and search.md, what the state of the second-level cache foretells, l2_state.json and l2_state.md; and each
@@ -14,8 +15,9 @@
 #
 # TEST_SECONDS, BENCH_SECONDS, SEARCH_SECONDS and so on limit each step; SEARCH_OPTIONS go to benchmarks/run_search.py, and
 # HOST_OPTIONS, MEMORY_OPTIONS, MODELS_OPTIONS, FUSED_OPTIONS, FUSEDMODELS_OPTIONS, TRAINING_OPTIONS,
-# TRAININGGRAPHS_OPTIONS and KERNELS_OPTIONS to their scripts. With two GPUs, SEARCH_OPTIONS_1, FUSEDMODELS_OPTIONS_1 and
-# TRAINING_OPTIONS_1 are for a second run at the same time, on the second one; their tables become one.
+# TRAININGGRAPHS_OPTIONS and KERNELS_OPTIONS to their scripts. With two GPUs, SEARCH_OPTIONS_1, MODELS_OPTIONS_1,
+# FUSEDMODELS_OPTIONS_1 and TRAINING_OPTIONS_1 are for a second run at the same time, on the second one; their tables
+# become one.
 set -u -o pipefail
 cd "$(dirname "$0")/.."
 OUT=${OUT:-benchmarks/results/gpu}
@@ -47,7 +49,7 @@ results_of() { # part: the name of its files in $OUT
 }
 
 results=()
-for part in $parts; do
+for part in ${parts//+/ }; do
     name=$(results_of "$part") || exit 2
     [ -n "$name" ] && results+=("$name")
 done
@@ -98,6 +100,26 @@ on_two() { # name, seconds, script, options for the first GPU, options for a sec
     report "$name-0" "$seconds" "$PYTHON" "$script" --name "$name-0" "$4"
     report "$name-1" "$seconds" "$PYTHON" "$script" --name "$name-1" "$5"
     step "$name-merge" 60 "$PYTHON" "$script" --merge "$name-0,$name-1"
+}
+
+benchmark() { # part: sets `timed` to name, seconds and command of one that runs by itself
+    # shellcheck disable=SC2206 # options are words
+    case $1 in
+    bench) timed=(bench_gpu "${BENCH_SECONDS:-240}" "$PYTHON" benchmarks/run_gpu.py) ;;
+    l2) timed=(l2_state "${L2_SECONDS:-300}" "$PYTHON" benchmarks/l2_state.py --models "${L2_MODELS:-resnet50,resnet18}") ;;
+    host) timed=(host_cost "${HOST_SECONDS:-120}" "$PYTHON" benchmarks/host_cost.py --parts hits,profile ${HOST_OPTIONS:-}) ;;
+    memory) timed=(memory "${MEMORY_SECONDS:-200}" "$PYTHON" benchmarks/memory.py ${MEMORY_OPTIONS:-}) ;;
+    fused) timed=(fused "${FUSED_SECONDS:-200}" "$PYTHON" benchmarks/fused.py ${FUSED_OPTIONS:-}) ;;
+    kernels) timed=(kernels "${KERNELS_SECONDS:-60}" "$PYTHON" benchmarks/kernels.py ${KERNELS_OPTIONS:-}) ;;
+    traininggraphs)
+        timed=(training_graphs "${TRAININGGRAPHS_SECONDS:-150}" "$PYTHON" benchmarks/training_graphs.py
+            ${TRAININGGRAPHS_OPTIONS:-})
+        ;;
+    *)
+        echo "'$1' does not run beside another part" >&2
+        return 2
+        ;;
+    esac
 }
 
 visible_gpus() { # one index a line
@@ -155,9 +177,6 @@ for part in $parts; do
             count_tests "$(basename "$file" .py)"
         done
         ;;
-    bench)
-        step bench_gpu "${BENCH_SECONDS:-240}" "$PYTHON" benchmarks/run_gpu.py
-        ;;
     search)
         search=("${SEARCH_SECONDS:-900}" "$PYTHON" benchmarks/run_search.py)
         # shellcheck disable=SC2086 # options are words
@@ -172,36 +191,37 @@ for part in $parts; do
             step merge 60 "$PYTHON" benchmarks/run_search.py --merge search-0,search-1
         fi
         ;;
-    l2)
-        step l2_state "${L2_SECONDS:-300}" "$PYTHON" benchmarks/l2_state.py --models "${L2_MODELS:-resnet50,resnet18}"
-        ;;
-    # shellcheck disable=SC2086 # options are words
-    host)
-        step host_cost "${HOST_SECONDS:-120}" "$PYTHON" benchmarks/host_cost.py --parts hits,profile ${HOST_OPTIONS:-}
-        ;;
-    memory)
-        step memory "${MEMORY_SECONDS:-200}" "$PYTHON" benchmarks/memory.py ${MEMORY_OPTIONS:-}
-        ;;
     models)
-        step models "${MODELS_SECONDS:-500}" "$PYTHON" benchmarks/run_models.py ${MODELS_OPTIONS:-}
-        ;;
-    fused)
-        step fused "${FUSED_SECONDS:-200}" "$PYTHON" benchmarks/fused.py ${FUSED_OPTIONS:-}
+        on_two models "${MODELS_SECONDS:-500}" benchmarks/run_models.py "${MODELS_OPTIONS:-}" "${MODELS_OPTIONS_1:-}"
         ;;
     fusedmodels)
         on_two fused_models "${FUSEDMODELS_SECONDS:-430}" benchmarks/fused_models.py \
             "${FUSEDMODELS_OPTIONS:---limit-s 390}" "${FUSEDMODELS_OPTIONS_1:-}"
         ;;
-    kernels)
-        step kernels "${KERNELS_SECONDS:-60}" "$PYTHON" benchmarks/kernels.py ${KERNELS_OPTIONS:-}
-        ;;
     training)
         on_two training "${TRAINING_SECONDS:-580}" benchmarks/training.py \
             "${TRAINING_OPTIONS:---limit-s 540}" "${TRAINING_OPTIONS_1:-}"
         ;;
-    traininggraphs)
-        step training_graphs "${TRAININGGRAPHS_SECONDS:-150}" "$PYTHON" benchmarks/training_graphs.py \
-            ${TRAININGGRAPHS_OPTIONS:-}
+    *+*)
+        mapfile -t gpus < <(visible_gpus)
+        mapfile -t beside < <(tr + '\n' <<<"$part")
+        for number in "${!beside[@]}"; do
+            benchmark "${beside[number]}" || exit 2
+            if [ "${#beside[@]}" -gt "${#gpus[@]}" ]; then # one after the other, since they would disturb each other
+                run "${timed[@]}"
+            else
+                CUDA_VISIBLE_DEVICES=${gpus[number]} run "${timed[@]}" &
+            fi
+        done
+        wait
+        for one in "${beside[@]}"; do
+            benchmark "$one"
+            report "${timed[@]}"
+        done
+        ;;
+    *)
+        benchmark "$part" || exit 2
+        step "${timed[@]}"
         ;;
     esac
 done
