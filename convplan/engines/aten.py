@@ -165,7 +165,8 @@ def _layouts(problem: Problem) -> list[Layout]:
 def _computes(problem: Problem) -> tuple[Compute, ...]:
     """Float32 as well for 16-bit types on the CPU, and float32 alone where oneDNN lacks the type, or is wrong.
 
-    Where it lacks it torch's own kernels take over, which round sums to 16 bits on the way and are 10 to 40 times slower.
+    Where it lacks it torch's own kernels take over, which round sums to 16 bits in between and are far slower (10 to 40
+    times).
     """
     if problem.device != "cpu" or DTYPES[problem.dtype].itemsize_bytes > 2:
         return (Compute.OWN,)
