@@ -255,7 +255,6 @@ def test_output_padding_of_the_stride_and_more_takes_torch_to_kernels_that_know_
     torch.testing.assert_close(found, right, rtol=0.02, atol=0.02)
 
 
-
 def _with_gradients(one: Call, x: Tensor, w: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     y, (dx, dw) = one.differentiate(F, x, w, None, torch.ones_like)
     return y, dx, dw
