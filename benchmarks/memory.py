@@ -279,20 +279,19 @@ def rows(raw: dict[str, Any]) -> list[dict[str, Any]]:
     found = []
     for model, sides in raw["models"].items():
         for text, limit in raw["limits_bytes"].items():
-            wanted = ("stock", "stock, benchmark mode", f"convplan {limit}")
-            if any(side not in sides for side in wanted):
+            if "stock" not in sides or f"convplan {limit}" not in sides:
                 continue
-            stock, tuned, ours = (sides[side] for side in wanted)
+            stock, ours, tuned = sides["stock"], sides[f"convplan {limit}"], sides.get("stock, benchmark mode")
             found.append(
                 {
                     "model": model,
                     "limit": text,
                     "stock": stock["step_peak_bytes"],
-                    "stock_benchmark": tuned["step_peak_bytes"],
+                    "stock_benchmark": None if tuned is None else tuned["step_peak_bytes"],
                     "convplan": ours["step_peak_bytes"],
                     "planning": ours["first_steps_peak_bytes"],
                     "kept": ours["step_peak_bytes"] <= stock["step_peak_bytes"] + limit + ROUNDING_BYTES,
-                    "step_ms": (stock["step_ms"], tuned["step_ms"], ours["step_ms"]),
+                    "step_ms": (stock["step_ms"], None if tuned is None else tuned["step_ms"], ours["step_ms"]),
                 }
             )
     return found
@@ -314,9 +313,10 @@ def table(raw: dict[str, Any]) -> str:
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows(raw):
-        sizes = [f"{row[name] / MIB:.0f}" for name in ("stock", "stock_benchmark", "convplan")]
+        peaks = [row[name] for name in ("stock", "stock_benchmark", "convplan")]
+        sizes = ["-" if peak is None else f"{peak / MIB:.0f}" for peak in peaks]
         over = f"{(row['convplan'] - row['stock']) / MIB:+.0f}"
-        times = " / ".join(f"{ms:.1f}" for ms in row["step_ms"]) + " ms"
+        times = " / ".join("-" if ms is None else f"{ms:.1f}" for ms in row["step_ms"]) + " ms"
         cells = [
             row["model"],
             row["limit"],

@@ -232,12 +232,16 @@ class Side:
         mode = "reduce-overhead" if self.way == "reduced" else None
         if self.library == "stock" or self.way == "compiled":
             self.call = torch.compile(self.net, mode=mode)
-        if self.library == "convplan":
+        else:
             import convplan
 
-            if self.way != "compiled":
-                options = convplan.compile_options(mode=mode, fuse=not self.training)
-                self.call = torch.compile(self.net, options=options)
+            # Of a compiled graph one call alone comes before its capture: that one has to tune.
+            policy = convplan.Policy(tune_after=1) if mode else None
+            options = convplan.compile_options(policy, mode=mode, fuse=not self.training)
+            self.call = torch.compile(self.net, options=options)
+        if self.library == "convplan" and not mode:
+            import convplan
+
             convplan.tune(self.step)  # of what Inductor has laid out in another way
 
     def step(self) -> Tensor:
@@ -492,8 +496,8 @@ def over(rows: list[dict[str, Any]], stock: tuple[str, ...], mine: tuple[str, ..
     """The best of some ways of stock torch's over the best of some of convplan's; 0 where either has none."""
 
     def best_ms(library: str, ways: tuple[str, ...]) -> float:
-        usable = [row["ms"] for row in rows if row["library"] == library and row["way"] in ways and row["ms"]]
-        return min(usable, default=0.0)
+        asked = [row for row in rows if row["library"] == library and row["way"] in ways]
+        return min((row["ms"] for row in asked if row["ms"] and not row["failed"]), default=0.0)
 
     convplan_ms = best_ms("convplan", mine)
     return best_ms("stock", stock) / convplan_ms if convplan_ms else 0.0
