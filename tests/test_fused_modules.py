@@ -175,6 +175,25 @@ def test_an_input_of_another_dtype_is_refused_as_by_the_function(asked: list[str
             convplan.conv2d(x.double(), inside.weight, inside.bias, padding=1, activation="relu")
 
 
+def test_inference_mode_and_no_grad_are_remembered_beside_each_other(asked: list[str]) -> None:
+    model, fast, inside = made()
+    x, other = inputs()
+    right = model(x, other).detach()
+
+    def both() -> None:
+        for mode in (torch.no_grad, torch.inference_mode):
+            with mode():
+                torch.testing.assert_close(fast(x, other), right, rtol=1e-5, atol=1e-5)
+
+    for _ in range(3):
+        both()
+    asked.clear()
+    for _ in range(3):
+        both()
+    assert asked == []
+    assert len(inside._seen) == 2
+
+
 def test_what_another_thread_remembers_is_not_taken(asked: list[str]) -> None:
     model, fast, inside = made()
     x, other = inputs()
