@@ -305,7 +305,8 @@ def table(raw: dict[str, Any]) -> str:
         "# Memory of a training step",
         "",
         f"Commit {raw['commit']}; {raw.get('machine', 'nothing was measured')}."
-        + (f" {raw['parallel']} processes at once, which times of a step suffer from." if raw["parallel"] > 1 else ""),
+        + (f" {raw['parallel']} processes at once, which times of a step suffer from." if raw["parallel"] > 1 else "")
+        + raw.get("note", ""),
         f"{what} over {STEPS} steps, in MiB, each side in a process of its own; `benchmarks/memory.py` says what runs.",
         "",
         "| model | workspace limit | stock | stock, benchmark mode | `enable()` | over stock | within the limit "
