@@ -40,6 +40,7 @@ SIDES = tuple((library, way) for library in ("stock", "fuse") for way in WAYS)
 # Columns of ratios: stock torch's way, and the fused model's that it is compared with.
 RATIOS = (("eager", "eager"), ("compiled", "eager"), ("compiled", "compiled"), ("graphed", "graphed"))
 FEWEST_SAMPLES = 5  # of a side whose rounds were cut short
+ROUNDS_S = 25.0  # left for comparing and timing what was ready in time
 FLOOR = 1e-4  # folded weights are rounded elsewhere, which float32 alone would tell
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
@@ -139,15 +140,22 @@ class Side(ModelSide):
 
 
 def compare(options: argparse.Namespace, name: str, dtype: str, batch: int) -> dict[str, Any] | None:
-    """All sides of one case; None where the time was over before all were ready."""
+    """All sides of one case, or those that were ready in time; None where both eager ones were not."""
     chosen = [side for side in SIDES if side[1] != "graphed" or options.device == "cuda"]
     more = ("--dtypes", dtype, "--batches", str(batch))
     keys = [(REFERENCE, "eager"), *chosen]
     sides = {key: Process(options, name, *key, script=Path(__file__), more=more) for key in keys}
     try:
+        for side in sides.values():
+            side.deadline = options.deadline - ROUNDS_S
         ready = prepared(sides)
-        if any(answer.get("failed") == LATE for answer in ready.values()):
+        late = [key for key, answer in ready.items() if answer.get("failed") == LATE]
+        if any(key[1] == "eager" for key in late):
             return None
+        for key, side in sides.items():
+            if key in late:
+                side.end()  # it would disturb the others
+            side.deadline = options.deadline
         rows = timed(options, list(sides.values()), list(ready.values()))
     finally:
         for side in sides.values():
@@ -156,9 +164,12 @@ def compare(options: argparse.Namespace, name: str, dtype: str, batch: int) -> d
 
 
 def in_time(rows: list[dict[str, Any]]) -> bool:
-    """Whether the rounds were more than begun when the time was over; what they have then counts."""
+    """Whether the rounds were more than begun when the time was over; what they have then counts.
+
+    A side that was not ready in time has no samples, and stays failed.
+    """
     for row in rows:
-        if row["failed"] == LATE:
+        if row["failed"] == LATE and row["samples_ms"]:
             if len(row["samples_ms"]) < FEWEST_SAMPLES:
                 return False
             row["failed"] = ""

@@ -330,6 +330,9 @@ class Process:
         name, library, way: which side.
         script: has an option `--side` that takes these three, and serves.
         more: further options of the script.
+
+    Attributes:
+        deadline: when answers are no longer waited for, on the clock of `time.perf_counter`.
     """
 
     def __init__(
@@ -342,7 +345,7 @@ class Process:
         more: tuple[str, ...] = (),
     ) -> None:
         self.library, self.way, self.failed = library, way, ""
-        self._deadline: float = options.deadline
+        self.deadline: float = options.deadline
         command = [sys.executable, str(script.resolve()), "--device", options.device, *more]
         command += ["--small"] if options.small else []
         command += ["--side", name, library, way]
@@ -357,7 +360,7 @@ class Process:
     def hear(self) -> dict[str, Any]:
         if self.failed or self._child.stdout is None:
             return {}
-        left_s = self._deadline - time.perf_counter()
+        left_s = self.deadline - time.perf_counter()
         # Nothing of an earlier answer is left behind: each is one line, and is read before the next is asked for.
         if not select.select([self._child.stdout], [], [], None if left_s == math.inf else max(left_s, 0.0))[0]:
             self.failed = LATE
