@@ -107,8 +107,8 @@ benchmark() { # part: sets `timed` to name, seconds and command of one that runs
     case $1 in
     bench) timed=(bench_gpu "${BENCH_SECONDS:-240}" "$PYTHON" benchmarks/run_gpu.py) ;;
     l2) timed=(l2_state "${L2_SECONDS:-300}" "$PYTHON" benchmarks/l2_state.py --models "${L2_MODELS:-resnet50,resnet18}") ;;
-    host) timed=(host_cost "${HOST_SECONDS:-120}" "$PYTHON" benchmarks/host_cost.py --parts hits,profile ${HOST_OPTIONS:-}) ;;
-    memory) timed=(memory "${MEMORY_SECONDS:-200}" "$PYTHON" benchmarks/memory.py ${MEMORY_OPTIONS:-}) ;;
+    host) timed=(host_cost "${HOST_SECONDS:-240}" "$PYTHON" benchmarks/host_cost.py --parts hits,profile ${HOST_OPTIONS:-}) ;;
+    memory) timed=(memory "${MEMORY_SECONDS:-300}" "$PYTHON" benchmarks/memory.py ${MEMORY_OPTIONS:-}) ;;
     fused) timed=(fused "${FUSED_SECONDS:-200}" "$PYTHON" benchmarks/fused.py ${FUSED_OPTIONS:---stages 3}) ;;
     kernels) timed=(kernels "${KERNELS_SECONDS:-60}" "$PYTHON" benchmarks/kernels.py ${KERNELS_OPTIONS:-}) ;;
     traininggraphs)
