@@ -15,9 +15,9 @@
 #
 # TEST_SECONDS, BENCH_SECONDS, SEARCH_SECONDS and so on limit each step; SEARCH_OPTIONS go to benchmarks/run_search.py, and
 # HOST_OPTIONS, MEMORY_OPTIONS, MODELS_OPTIONS, FUSED_OPTIONS, FUSEDMODELS_OPTIONS, TRAINING_OPTIONS,
-# TRAININGGRAPHS_OPTIONS and KERNELS_OPTIONS to their scripts. With two GPUs, SEARCH_OPTIONS_1, MODELS_OPTIONS_1,
-# FUSEDMODELS_OPTIONS_1 and TRAINING_OPTIONS_1 are for a second run at the same time, on the second one; their tables
-# become one.
+# TRAININGGRAPHS_OPTIONS and KERNELS_OPTIONS to their scripts. With several GPUs, MODELS_OPTIONS_1, FUSEDMODELS_OPTIONS_1
+# and TRAINING_OPTIONS_1 are for a second run at the same time, on the second one, those with _2 for a third, and so on;
+# SEARCH_OPTIONS_1 for a second one. Their tables become one.
 set -u -o pipefail
 cd "$(dirname "$0")/.."
 OUT=${OUT:-benchmarks/results/gpu}
@@ -54,7 +54,7 @@ for part in ${parts//+/ }; do
     [ -n "$name" ] && results+=("$name")
 done
 for name in ${results[@]+"${results[@]}"}; do
-    rm -f "$OUT/$name.json" "$OUT/$name.md" "$OUT/$name"-[01].json "$OUT/$name"-[01].md
+    rm -f "$OUT/$name.json" "$OUT/$name.md" "$OUT/$name"-[0-7].json "$OUT/$name"-[0-7].md
 done
 
 step() { # name, seconds, command...
@@ -84,22 +84,35 @@ report() { # the same, once it has run
         tee -a "$OUT/summary.txt"
 }
 
-on_two() { # name, seconds, script, options for the first GPU, options for a second at the same time or nothing
-    local name=$1 seconds=$2 script=$3 gpus
-    if [ -z "$5" ]; then
+on_each() { # name, seconds, script, variable with the options, options where it is empty
+    # One run on each GPU that has options, the first's in the variable itself, the next in VARIABLE_1 and so on.
+    local name=$1 seconds=$2 script=$3 more gpus number names=()
+    local options=("${!4:-$5}")
+    for number in 1 2 3 4 5 6 7; do
+        more=${4}_$number
+        [ -n "${!more:-}" ] && options+=("${!more}")
+    done
+    if [ ${#options[@]} -eq 1 ]; then
         # shellcheck disable=SC2086 # options are words
-        step "$name" "$seconds" "$PYTHON" "$script" $4
+        step "$name" "$seconds" "$PYTHON" "$script" ${options[0]}
         return
     fi
-    IFS=, read -r -a gpus <<<"${CUDA_VISIBLE_DEVICES:-0,1}"
-    # shellcheck disable=SC2086 # options are words
-    CUDA_VISIBLE_DEVICES=${gpus[0]} run "$name-0" "$seconds" "$PYTHON" "$script" --name "$name-0" $4 &
-    # shellcheck disable=SC2086 # options are words
-    CUDA_VISIBLE_DEVICES=${gpus[1]} run "$name-1" "$seconds" "$PYTHON" "$script" --name "$name-1" $5 &
+    mapfile -t gpus < <(visible_gpus)
+    if [ ${#options[@]} -gt ${#gpus[@]} ]; then
+        echo "$name has options for ${#options[@]} GPUs, but there are ${#gpus[@]}" >&2
+        return 2
+    fi
+    for number in "${!options[@]}"; do
+        names+=("$name-$number")
+        # shellcheck disable=SC2086 # options are words
+        CUDA_VISIBLE_DEVICES=${gpus[number]} run "$name-$number" "$seconds" "$PYTHON" "$script" \
+            --name "$name-$number" ${options[number]} &
+    done
     wait
-    report "$name-0" "$seconds" "$PYTHON" "$script" --name "$name-0" "$4"
-    report "$name-1" "$seconds" "$PYTHON" "$script" --name "$name-1" "$5"
-    step "$name-merge" 60 "$PYTHON" "$script" --merge "$name-0,$name-1"
+    for number in "${!options[@]}"; do
+        report "$name-$number" "$seconds" "$PYTHON" "$script" --name "$name-$number" "${options[number]}"
+    done
+    step "$name-merge" 60 "$PYTHON" "$script" --merge "$(IFS=,; echo "${names[*]}")"
 }
 
 benchmark() { # part: sets `timed` to name, seconds and command of one that runs by itself
@@ -192,15 +205,15 @@ for part in $parts; do
         fi
         ;;
     models)
-        on_two models "${MODELS_SECONDS:-500}" benchmarks/run_models.py "${MODELS_OPTIONS:-}" "${MODELS_OPTIONS_1:-}"
+        on_each models "${MODELS_SECONDS:-500}" benchmarks/run_models.py MODELS_OPTIONS "" || exit 2
         ;;
     fusedmodels)
-        on_two fused_models "${FUSEDMODELS_SECONDS:-430}" benchmarks/fused_models.py \
-            "${FUSEDMODELS_OPTIONS:---limit-s 390}" "${FUSEDMODELS_OPTIONS_1:-}"
+        on_each fused_models "${FUSEDMODELS_SECONDS:-430}" benchmarks/fused_models.py \
+            FUSEDMODELS_OPTIONS "--limit-s 390" || exit 2
         ;;
     training)
-        on_two training "${TRAINING_SECONDS:-580}" benchmarks/training.py \
-            "${TRAINING_OPTIONS:---limit-s 540}" "${TRAINING_OPTIONS_1:-}"
+        on_each training "${TRAINING_SECONDS:-580}" benchmarks/training.py \
+            TRAINING_OPTIONS "--limit-s 540" || exit 2
         ;;
     *+*)
         mapfile -t gpus < <(visible_gpus)
