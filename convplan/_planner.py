@@ -79,7 +79,7 @@ def find_plans(
         clock: nanoseconds, for timing candidates and planning itself.
         learned: configurations that failed before; those that count in this environment are not run again.
         one_of_many: it is tuned for what it says of others; what must be compiled for each shape anew says nothing.
-        unfused: a record of the problem's core, whose leading plans race with torch's elementwise kernels behind them;
+        unfused: a record of the problem's core, whose leading plans race with the epilogue behind them;
             None: the core is planned first, where there is one.
 
     Returns:

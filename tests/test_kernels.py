@@ -1,4 +1,4 @@
-"""The passes of batch normalization against float64: torch's operations, and Triton's kernels without a GPU.
+"""The passes after a convolution against float64: torch's operations, and Triton's kernels without a GPU.
 
 Triton's interpreter runs the kernels themselves, in a process that chose it before it imported Triton; its compiler
 translates them for a GPU that is not there. On one they are tested by tests/gpu/test_kernels_gpu.py.
@@ -195,6 +195,12 @@ def test_interpreted_each_gradient_alone_is_the_one_among_all(interpreted: Any) 
 
 
 @triton_only
+def test_interpreted_what_follows_a_convolution_is_right(interpreted: Any) -> None:
+    assert len(interpreted["following"]) == 51
+    assert too_far(interpreted["following"]) == {}
+
+
+@triton_only
 def test_interpreted_a_large_mean_costs_no_digits(interpreted: Any) -> None:
     assert interpreted["far"] <= 1
 
@@ -208,7 +214,7 @@ def test_kernels_compile_for_an_absent_gpu_and_read_16_bytes_a_thread(tmp_path: 
         patch.setenv("TRITON_CACHE_DIR", str(tmp_path))
         patch.delenv("TRITON_INTERPRET", raising=False)
         found = json.loads(run_python("import runpy; runpy.run_module('helpers.compiling', run_name='__main__')"))
-    assert len(found) == 21
+    assert len(found) == 24
     for name, counts in found.items():
         wide, narrow = counts["ld wide"], counts["ld all"] - counts["ld wide"]
         # Nothing of the tensors themselves is read in smaller pieces; vectors of one number a column may be.
@@ -311,6 +317,32 @@ def test_what_is_absent_makes_another_kernel(monkeypatch: pytest.MonkeyPatch) ->
         launches.normalize(y, torch.ones(2, 8), norm, None, "relu", ())
     assert len({id(one) for one in seen}) == len(norms)
     assert seen[: len(norms)] == seen[len(norms) :]
+
+
+def follow_on_a_gpu(monkeypatch: pytest.MonkeyPatch, *, capturing: bool, known: bool) -> tuple[bool, list[Any]]:
+    """Whether `launches.follow` did something, and what it launched, for tensors that say they are on a GPU."""
+    launches = pytest.importorskip("convplan.kernels.launches")
+    launched: list[Any] = []
+    monkeypatch.setattr(launches, "_launch", lambda ready, index, *tensors: launched.append(ready))
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
+    monkeypatch.setattr(launches.Ready, "is_known", lambda self, index: known)
+    monkeypatch.setattr(torch.Tensor, "get_device", lambda self: 0)
+    y = torch.randn(2, 8, 3, 3).to(memory_format=torch.channels_last)
+    return launches.follow(y, torch.ones(8), None, None, 1.0, "relu", ()), launched
+
+
+def test_nothing_is_compiled_while_a_graph_is_captured(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert follow_on_a_gpu(monkeypatch, capturing=True, known=False) == (False, [])
+    for capturing, known in ((True, True), (False, True), (False, False)):
+        done, launched = follow_on_a_gpu(monkeypatch, capturing=capturing, known=known)
+        assert (done, len(launched)) == (True, 1)
+
+
+def test_what_no_kernel_does_is_left_to_the_caller() -> None:
+    y = torch.randn(2, 8, 3, 3).to(memory_format=torch.channels_last)
+    before = y.clone()
+    assert not kernels.follow(y, torch.ones(8), y.clone(), None, 1.0, "relu")
+    assert torch.equal(y, before)
 
 
 def test_importing_the_package_imports_no_triton() -> None:

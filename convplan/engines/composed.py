@@ -1,14 +1,16 @@
-"""Engine `composed`: an unfused plan of another engine, and torch's elementwise kernels behind it (B31).
+"""Engine `composed`: an unfused plan of another engine, and what follows it behind that (B31).
 
-Statistics are `kernels.column_sums` of what the unfused plan wrote, and a gate is torch's `threshold_backward` of it.
+On a GPU that is one pass over the result, `kernels.follow`, where it is channels-last; elsewhere torch's elementwise
+kernels, one after the other. Statistics are `kernels.column_sums` of what the unfused plan wrote, and a gate is torch's
+`threshold_backward` of it.
 
 It proposes nothing by itself: the planner hands it the leading plans of the problem's `core`, and they race against the
 engines that fuse. Its configuration holds the other engine's knobs and, as the name of one more, that engine:
 
     composed[by_cudnn=1, engine=62, tile_size=3]
 
-What is not plain for the other engine is done in the dtype of the core's output, each step rounded to it, as torch's
-own modules do one after the other.
+What is not plain for the other engine is done in the dtype of the core's output: by torch's kernels each step rounded
+to it, as its own modules do, by the one pass in float32 and rounded once.
 """
 
 from __future__ import annotations
@@ -40,7 +42,7 @@ from convplan.engines.base import (
     Support,
     no,
 )
-from convplan.kernels import column_sums
+from convplan.kernels import column_sums, follow
 
 NAME = "composed"
 SOURCE = "unfused"
@@ -75,7 +77,7 @@ def composed_candidate(evidence: Evidence) -> Candidate:
 
 
 class ComposedEngine:
-    """Other engines' unfused plans with torch behind them; see the module's text."""
+    """Other engines' unfused plans with the epilogue behind them; see the module's text."""
 
     name = NAME
     by_default = False
@@ -179,6 +181,7 @@ def _run(problem: Problem, core: Problem, run_core: Run) -> Run:
     strides, dtype = output.strides, TORCH_DTYPES[output.dtype]
     bias_in_core = core.epilogue.bias
     gated, closed = epilogue.gate, torch.ops.aten.threshold_backward.grad_input
+    how = (epilogue.alpha, epilogue.activation, epilogue.parameters)
     # Torch has this as one pass on the CPU, in float32.
     adds_and_ends = (problem.device, core.output_dtype, output.dtype) == ("cpu", "float32", "float32") and (
         epilogue.residual and not epilogue.scale and epilogue.activation == "relu"
@@ -203,7 +206,9 @@ def _run(problem: Problem, core: Problem, run_core: Run) -> Run:
         elif adds_and_ends:
             torch.ops.aten._add_relu_.Tensor(result, residual, alpha=epilogue.alpha)
         else:
-            result = apply_epilogue(result, epilogue, None if bias_in_core else bias, residual, scale)
+            added = None if bias_in_core else bias
+            if not follow(result, added, residual, scale, *how):
+                result = apply_epilogue(result, epilogue, added, residual, scale)
         if out is None and result.dtype == dtype and result.stride() == strides:
             return result
         if result.dtype != dtype:

@@ -1,5 +1,6 @@
-"""Batch normalization for training, with what follows it, in as few passes over memory as there can be.
+"""What comes after a convolution, in as few passes over memory as there can be.
 
+    follow                activation(scale * y + alpha * residual + bias), over y: one pass
     column_sums           sums and sums of squares of each channel: one pass
     normalize             activation((y - mean) * invstd * weight + bias + residual): one pass, two without sums
     normalize_backward    its gradients: two passes
@@ -27,7 +28,8 @@ import torch
 from convplan.kernels import composed
 
 __all__ = [
-    "Norm", "activation_backward", "backward_needs", "column_sums", "empty_sums", "normalize", "normalize_backward",
+    "Norm", "activation_backward", "backward_needs", "column_sums", "empty_sums", "follow", "normalize",
+    "normalize_backward",
 ]  # fmt: skip
 
 Tensor = torch.Tensor
@@ -36,6 +38,7 @@ Parameters = tuple[float, ...]
 log = logging.getLogger("convplan.kernels")
 
 _KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+MANY = 2**20  # elements: of fewer, one operation takes torch no longer than a launch does
 # Their derivative is the same seen from the output, however that was rounded.
 _FROM_OUTPUT = ("relu", "leaky_relu", "hardtanh")
 
@@ -72,6 +75,50 @@ def column_sums(y: Tensor, out: Tensor | None = None) -> Tensor:
         return empty.zero_()
     found: Tensor = _either(y, "column_sums", y, out)
     return found
+
+
+def follow(
+    y: Tensor,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    scale: Tensor | None = None,
+    alpha: float = 1.0,
+    activation: str = "none",
+    parameters: Parameters = (),
+) -> bool:
+    """`activation(scale * y + alpha * residual + bias)`, written over `y`, where one kernel does it sooner than torch.
+
+    Torch takes one pass for each operation, and adds a vector of channels at a third of the memory's rate. For a single
+    operation on a small tensor torch is as good, and its call costs the host less.
+
+    Args:
+        y: (N, K, spatial...), any layout.
+        bias, scale: (K,), or None.
+        residual: of y's shape, sharing no memory with it, or None.
+        alpha: what the residual is multiplied with.
+        activation, parameters: a name and all its numbers.
+
+    Returns:
+        False where it was left to the caller, and `y` is as it was.
+    """
+    operations = (bias is not None) + (residual is not None) + (scale is not None) + (activation != "none")
+    if not operations or (operations == 1 and y.numel() < MANY) or not y.numel():
+        return False
+    if not y.is_cuda or _gave_up or y.dtype not in _KERNEL_DTYPES or not _is_matrix(y):
+        return False
+    if not all(one is None or (one.is_cuda and one.is_contiguous()) for one in (bias, scale)):
+        return False
+    if residual is not None and (residual.dtype not in _KERNEL_DTYPES or residual.stride() != y.stride()):
+        return False
+    launches = _launches or _load()
+    if launches is None:
+        return False
+    try:
+        done: bool = launches.follow(y, bias, residual, scale, alpha, activation, parameters)
+    except launches.Unusable as error:
+        _give_up(str(error))
+        return False
+    return done
 
 
 def empty_sums(y: Tensor, channels: int) -> Tensor:
@@ -240,7 +287,7 @@ def _give_up(reason: str) -> None:
     """Torch's operations from now on: what did not compile once would be tried at every call."""
     global _gave_up
     if not _gave_up:
-        log.warning("batch normalization runs by torch's operations, for Triton's kernels do not: %s", reason)
+        log.warning("what follows convolutions runs by torch's operations, for Triton's kernels do not: %s", reason)
     _gave_up = True
 
 

@@ -70,6 +70,24 @@ def normalize(
     return out, saved
 
 
+def follow(
+    y: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    scale: Tensor | None,
+    alpha: float,
+    activation: str,
+    parameters: Parameters,
+) -> bool:
+    """One kernel; False, and nothing done, where it would have to be compiled while a CUDA graph is captured."""
+    ready = _following(y.shape, y.dtype, _dtypes(residual, bias, scale), alpha, activation, parameters).follow
+    index = y.get_device()
+    if index >= 0 and not ready.is_known(index) and torch.cuda.is_current_stream_capturing():
+        return False
+    _launch(ready, index, y, residual, bias, scale)
+    return True
+
+
 def normalize_backward(
     grad: Tensor,
     y: Tensor,
@@ -193,6 +211,19 @@ class _Normalizing(_Pass):
         )  # fmt: skip
 
 
+class _Following(_Pass):
+    """For `follow`."""
+
+    def __init__(self, shape: torch.Size, alpha: float, activation: str, parameters: Parameters) -> None:
+        super().__init__(shape)
+        cut = choices.passing(self.rows, self.columns)
+        self.follow = Ready(
+            sources.follow, cut,
+            (float(alpha), self.rows, self.units, cut.rows_each, activation, *_two(parameters), self.align,
+             cut.block_rows, cut.block_columns),
+        )  # fmt: skip
+
+
 class _GoingBack(_Pass):
     """For `normalize_backward`: `count` partial sums, of shape `parts`; `input` is there where it is wanted."""
 
@@ -255,6 +286,13 @@ def _normalizing(
     eps: float, activation: str, parameters: Parameters,
 ) -> _Normalizing:  # fmt: skip
     return _Normalizing(shape, own_sums, momentum, eps, activation, parameters)
+
+
+@lru_cache(maxsize=MOST_KEPT)
+def _following(
+    shape: torch.Size, dtype: torch.dtype, dtypes: Dtypes, alpha: float, activation: str, parameters: Parameters
+) -> _Following:
+    return _Following(shape, alpha, activation, parameters)
 
 
 @lru_cache(maxsize=MOST_KEPT)

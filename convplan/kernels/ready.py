@@ -43,6 +43,10 @@ class Ready:
         """The kernel's."""
         return str(self._kernel.__name__)
 
+    def is_known(self, index: int) -> bool:
+        """Whether it has been compiled for a device, and need not be when it is called."""
+        return index in self._known
+
     def __call__(self, index: int, *tensors: Any) -> None:
         """Run it on the current stream of a device.
 

@@ -194,6 +194,33 @@ def normalize(
 
 
 @triton.jit(do_not_specialize=_SIZES)
+def follow(
+    y, residual, bias, scale, alpha, rows, units, rows_each,
+    ACTIVATION: tl.constexpr, P0: tl.constexpr, P1: tl.constexpr,
+    ALIGN: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """`activation(scale * y + alpha * residual + bias)`, written over y."""
+    columns = units * ALIGN
+    at = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    inside = at < columns
+    factor = _of_columns(scale, at, inside, 1.0)[None, :]
+    shift = _of_columns(bias, at, inside, 0.0)[None, :]
+    first = tl.program_id(1).to(tl.int64) * rows_each
+    height = tl.minimum(rows - first, rows_each).to(tl.int32)
+    lines = tl.arange(0, ROWS)
+    tile = lines[:, None] * columns + at[None, :]
+    offset = first * columns
+    for row in tl.range(0, height, ROWS):
+        mask = (lines < height - row)[:, None] & inside[None, :]
+        z = tl.load(y + offset + tile, mask=mask, other=0.0).to(tl.float32) * factor + shift
+        if residual is not None:
+            z += alpha * tl.load(residual + offset + tile, mask=mask, other=0.0).to(tl.float32)
+        z = activate(z, ACTIVATION, P0, P1)
+        tl.store(y + offset + tile, z.to(y.dtype.element_ty), mask=mask)
+        offset += ROWS * columns
+
+
+@triton.jit(do_not_specialize=_SIZES)
 def backward_sums(
     grad, y, other, saved, weight, bias, g_out, partials, rows, units, rows_each,
     FROM_OUTPUT: tl.constexpr, ACTIVATION: tl.constexpr, P0: tl.constexpr, P1: tl.constexpr,

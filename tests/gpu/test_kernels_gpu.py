@@ -1,4 +1,4 @@
-"""Triton's kernels of batch normalization on a GPU: against float64, twice the same bits, in a graph, on any stream."""
+"""Triton's kernels on a GPU: against float64, twice the same bits, in a graph, on any stream."""
 
 from __future__ import annotations
 
@@ -8,7 +8,18 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.normalizing import ACTIVATIONS, DTYPES, SHAPES, Case, built, distances, far_from_zero, off, same_bits
+from helpers.normalizing import (
+    ACTIVATIONS,
+    DTYPES,
+    SHAPES,
+    Case,
+    built,
+    distances,
+    far_from_zero,
+    following,
+    off,
+    same_bits,
+)
 
 from convplan import kernels
 from convplan.kernels import Norm
@@ -45,6 +56,43 @@ def test_results_are_right(case: Case, findings: dict[str, Any]) -> None:
         max(found.values()), 3
     )
     assert {name: value for name, value in found.items() if not value <= 1} == {}
+
+
+def test_what_follows_a_convolution_is_right(findings: dict[str, Any]) -> None:
+    found = following(lambda y, *rest: kernels.launches.follow(y, *rest), "cuda")
+    findings["kernels of what follows a convolution, largest error over its limit"] = round(max(found.values()), 3)
+    assert {name: value for name, value in found.items() if not value <= 1} == {}
+
+
+def test_which_operations_a_kernel_does() -> None:
+    small = torch.ones(2, 64, 8, 8, device="cuda", dtype=torch.float16).to(memory_format=torch.channels_last)
+    large = torch.ones(16, 64, 64, 64, device="cuda", dtype=torch.float16).to(memory_format=torch.channels_last)
+    bias = torch.ones(64, device="cuda", dtype=torch.float16)
+    assert not kernels.follow(small, bias)
+    assert kernels.follow(small, bias, activation="relu")
+    assert kernels.follow(large, bias)
+    assert not kernels.follow(large)
+    assert not kernels.follow(large.contiguous(), bias, activation="relu")
+    assert not kernels.follow(large, bias.cpu(), activation="relu")
+    assert not kernels.follow(large, bias, large.contiguous())
+    assert not kernels.follow(large.double(), bias, activation="relu")
+    assert (float(small.min()), float(small.max())) == (2, 2)
+    assert (float(large.min()), float(large.max())) == (2, 2)
+
+
+def test_what_follows_is_left_to_torch_where_it_would_be_compiled_in_a_capture() -> None:
+    y = torch.zeros(3, 40, 6, 6, device="cuda", dtype=torch.float16).to(memory_format=torch.channels_last)
+    bias, answers = torch.ones(40, device="cuda", dtype=torch.float16), []
+    kernels.launches._following.cache_clear()
+    for _ in range(2):
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            torch.zeros(1, device="cuda")  # of a graph with nothing in it torch warns
+            answers.append(kernels.follow(y, bias, activation="relu"))
+        answers.append(kernels.follow(y, bias, activation="relu"))
+    graph.replay()
+    assert answers == [False, True, True, True]
+    assert float(y.min()) == float(y.max()) == 3
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -441,6 +441,18 @@ def test_a_bias_is_added() -> None:
     torch.testing.assert_close(found, F.conv2d(x, w, bias, padding=1), rtol=4e-3, atol=4e-2)
 
 
+@pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format], ids=str)
+def test_a_bias_behind_a_large_transposed_convolution(layout: torch.memory_format) -> None:
+    x, w = (one.to(memory_format=layout) for one in tensors(n=8, c=64, size=64))
+    bias = torch.randn(64, device="cuda", dtype=torch.float16)
+    with convplan.enabled(CUDNN):
+        found = [F.conv_transpose2d(x, w, bias, stride=2, padding=1, output_padding=1) for _ in range(2)]
+    expected = F.conv_transpose2d(x.double(), w.double(), bias.double(), stride=2, padding=1, output_padding=1)
+    for one in found:
+        torch.testing.assert_close(one.double(), expected, rtol=4e-3, atol=4e-2)
+    assert convplan.stats()["fell_back"] == 0
+
+
 @pytest.mark.behaviour("B5")
 def test_transposed_convolution_is_dgrad() -> None:
     x, w = tensors()

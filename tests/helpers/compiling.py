@@ -14,13 +14,14 @@ from convplan.kernels import sources
 
 H200 = GPUTarget("cuda", 90, 32)
 INTEGERS = ("rows", "units", "rows_each", "count", "rows_of_count")
-FLOATS = ("partials", "given", "saved", "weight", "bias", "running_mean", "running_var", "totals")
+FLOATS = ("partials", "given", "saved", "weight", "bias", "scale", "running_mean", "running_var", "totals")
 TENSORS = ("y", "grad", "other", "residual", "out", "g_out", "grad_y")
 TYPES = {
     **dict.fromkeys(INTEGERS, "i32"),
     **dict.fromkeys(FLOATS, "*fp32"),
     "momentum": "fp32",
     "eps": "fp32",
+    "alpha": "fp32",
     "batches": "*i64",
 }
 TILE = {"ALIGN": 8, "ROWS": 64, "COLUMNS": 64, "P0": 0.0, "P1": 0.0, "BLOCK": 1, "ACTIVATION": "relu"}
@@ -29,6 +30,7 @@ KERNELS: dict[str, dict[str, Any]] = {
     "moments": {},
     "finish": {"MOMENTS": True, "BLOCK": 512, "COLUMNS": 8},
     "normalize": {"GIVEN": "sums"},
+    "follow": {},
     "backward_sums": {"FROM_OUTPUT": True},
     "backward_input": {},
     "activation_backward": {"FROM_OUTPUT": True},

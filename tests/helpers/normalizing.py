@@ -240,6 +240,47 @@ def corner_offences() -> list[str]:
     return found
 
 
+def following(follow: Callable[..., bool], device: str = "cpu", exact: bool = True) -> dict[str, float]:
+    """How far from float64 is what `follow` writes, for every activation, dtype, shape, and thing that is absent.
+
+    Args:
+        follow: as `kernels.follow`, which is given everything.
+        device: where its tensors are.
+        exact: as of `distances`.
+    """
+    found = {}
+    sets = [(True, True, True), (True, False, False), (False, True, False), (False, False, True), (False, False, False)]
+    kinds = [((6, 24, 5, 5), dtype, name, sets[0]) for dtype in DTYPES for name in ACTIVATIONS if name != "hardtanh"]
+    kinds += [((6, 24, 5, 5), DTYPES[place % 3], "silu", which) for place, which in enumerate(sets)]
+    kinds += [(shape, dtype, "relu", sets[0]) for shape, dtype in zip((*SHAPES, *LARGE), itertools.cycle(DTYPES))]
+    for shape, dtype, activation, (biased, added, scaled) in kinds:
+        draw = torch.Generator().manual_seed(3)
+        y, residual = (
+            torch.randn(shape, generator=draw).to(device, dtype).movedim(1, -1).contiguous().movedim(-1, 1)
+            for _ in range(2)
+        )
+        bias = torch.randn(shape[1], generator=draw).to(device, dtype)
+        scale = (torch.rand(shape[1], generator=draw) + 0.5).to(device)
+        of, parameters, _ = ACTIVATIONS[activation]
+        wide = (1, -1, *[1] * (len(shape) - 2))
+        right = y.cpu().double()
+        if scaled:
+            right = right * scale.cpu().double().view(wide)
+        if added:
+            right = right - 0.7 * residual.cpu().double()
+        if biased:
+            right = right + bias.cpu().double().view(wide)
+        given = (bias if biased else None, residual if added else None, scale if scaled else None)
+        strides, before = y.stride(), residual.clone()
+        done = follow(y, *given, -0.7, activation, parameters)
+        there = zip(("bias", "residual", "scale"), (biased, added, scaled), strict=True)
+        told = ", ".join(word for word, has in there if has)
+        name = f"{'x'.join(map(str, shape))} {str(dtype)[6:]} {activation} {told}"
+        kept = done and y.stride() == strides and torch.equal(residual, before)
+        found[name] = off(y, of(right), share_of(dtype, exact)) if kept else float("inf")
+    return found
+
+
 def far_from_zero(device: str = "cpu") -> float:
     """How far the deviation is from that in float64, where the mean is a thousand times as large."""
     y = 1000 + torch.randn(70, 64, 4, 4, generator=torch.Generator().manual_seed(2))
@@ -291,6 +332,7 @@ def main() -> None:
     kernels._either = lambda y, name, *arguments, fits=True: getattr(launches, name)(*arguments)
     found: dict[str, Any] = {"corners": corner_offences(), "same bits": same_bits(), "far": far_from_zero()}
     found["each alone"] = each_alone()
+    found["following"] = following(launches.follow, exact=False)
     for case in cases():
         try:
             found[case.id] = distances(case, exact=False)

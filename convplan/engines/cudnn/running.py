@@ -4,12 +4,13 @@ A plan runs on the device of its first input and torch's current stream (B25), w
 allocator (B26), which hands memory out again only in stream order.
 
 Problems whose epilogue is more than a bias have runs of their own, with the residual and the scale after `out`: what
-follows the convolution is part of the plan (B30). To the others a bias is added by torch.
+follows the convolution is part of the plan (B30). To the others a bias is added in a pass of its own.
 """
 
 from __future__ import annotations
 
 import ctypes
+import math
 from collections.abc import Callable
 from ctypes import c_void_p
 from typing import Any, NamedTuple
@@ -23,6 +24,7 @@ from convplan.engines.base import Run
 from convplan.engines.cudnn.fusion import ADDED_ALIGNMENT_BYTES, fusion_of, uid_of
 from convplan.engines.cudnn.plans import ExecutionPlan
 from convplan.engines.cudnn.target import handle_of
+from convplan.kernels import MANY, follow
 
 # Bound once: a call costs a few microseconds in all. Builds of torch without CUDA lack them, and run no plan.
 _current_device: Callable[[], int] = getattr(torch._C, "_cuda_getDevice", lambda: -1)
@@ -212,7 +214,7 @@ def _plain_run(form: Form, at: At) -> Run:
             first, second = form.arranged(first, second)
             result = form.place(out, first.device)
             _execute(at(index), index, (first.data_ptr(), second.data_ptr(), result.data_ptr()))
-            if bias is not None:
+            if bias is not None and not follow(result, bias):
                 result.add_(bias.reshape(form.bias_shape))
         return result if out is None or result is out else out.copy_(result)
 
@@ -267,6 +269,7 @@ def _bound_plain(form: Form, plan: ExecutionPlan, index: int, allocate: Callable
     handle_pointer, plan_pointer = c_void_p(handle.pointer), c_void_p(plan.descriptor.pointer)
     workspace, several = (plan.workspace_bytes,), torch.cuda.device_count() > 1
     no_scratch, byte, unit = not plan.workspace_bytes, torch.uint8, (1,)
+    many = math.prod(dims) >= MANY
 
     def bound(first: torch.Tensor, second: torch.Tensor, bias: Optional, out: Optional) -> torch.Tensor:
         if out is not None or (several and current_device() != index):
@@ -286,7 +289,9 @@ def _bound_plain(form: Form, plan: ExecutionPlan, index: int, allocate: Callable
         status = execute(handle_pointer, plan_pointer, pack)
         if status:
             plan.failed(status)
-        return result if bias is None else result.add_(bias.reshape(bias_shape))
+        if bias is None or (many and follow(result, bias)):
+            return result
+        return result.add_(bias.reshape(bias_shape))
 
     return bound
 
