@@ -18,6 +18,7 @@ from torch import nn
 
 import convplan
 from convplan import FuseError, Policy, SpecError
+from convplan.torch_ops.between import Joined, Pooled
 from convplan.torch_ops.fuse import FusionReport
 from convplan.torch_ops.fused_modules import FusedConv
 
@@ -554,6 +555,104 @@ def test_ordered_dictionaries_come_back_as_such() -> None:
     new = fused(model, image())
     again = torch.load(_saved(new), weights_only=False)
     assert type(new(image())) is type(again(image())) is OrderedDict
+
+
+# --- between convolutions
+
+POOLS: dict[str, tuple[Callable[[Made, Tensor], Tensor], nn.Module, tuple[int, ...]]] = {
+    "module": (lambda m, x: m.pool(x), nn.MaxPool2d(3, 2, padding=1), (2, 4, 9, 7)),
+    "module-ceil": (lambda m, x: m.pool(x), nn.MaxPool2d((2, 3), ceil_mode=True), (2, 4, 9, 7)),
+    "module-3d": (lambda m, x: m.pool(x), nn.MaxPool3d(2, 1, dilation=(1, 2, 1)), (2, 4, 5, 4, 6)),
+    "function": (lambda m, x: F.max_pool2d(x, 2), nn.Identity(), (2, 4, 9, 7)),
+    "function-named": (lambda m, x: F.max_pool2d(x, kernel_size=(3, 2), stride=[1, 2]), nn.Identity(), (2, 4, 9, 7)),
+    "torch": (lambda m, x: torch.max_pool2d(x, 3, 2, 1, 1, True), nn.Identity(), (2, 4, 9, 7)),
+    "function-3d": (lambda m, x: F.max_pool3d(x, (1, 2, 2), padding=(0, 1, 1)), nn.Identity(), (2, 4, 3, 5, 6)),
+    "no-batch": (lambda m, x: m.pool(x[0]), nn.MaxPool2d(2), (2, 4, 9, 7)),
+}
+
+
+@pytest.mark.parametrize("name", POOLS)
+def test_max_pools_become_one_pass(name: str) -> None:
+    run, pool, dims = POOLS[name]
+    layer = nn.Conv3d(4, 4, 1) if len(dims) == 5 else conv()
+    new = fused(Made(lambda m, x: run(m, m.conv(x)), conv=layer, pool=pool), image(*dims))
+    (found,) = [one for one in new.modules() if isinstance(one, Pooled)]
+    assert len(found.windows.kernel) == len(dims) - 2
+    assert len(new.fusion_report.passes) == 1
+
+
+JOINS: dict[str, Callable[..., Tensor]] = {
+    "list": lambda m, x: torch.cat([m.conv(x), x], 1),
+    "tuple": lambda m, x: torch.cat((m.conv(x), x, x), dim=1),
+    "negative": lambda m, x: torch.concat([m.conv(x), x], -3),
+    "axis": lambda m, x: torch.concatenate(tensors=[m.conv(x), x], axis=1),
+    "height": lambda m, x: torch.cat([m.conv(x), x], 2),
+    "batch": lambda m, x: torch.cat([m.conv(x), x]),
+}
+
+
+@pytest.mark.parametrize("name", JOINS)
+def test_concatenations_become_one_pass(name: str) -> None:
+    model, x = Made(JOINS[name], conv=conv()), image()
+    new = fused(model, x)
+    (found,) = [one for one in new.modules() if isinstance(one, Joined)]
+    assert found.dim == {"height": 2, "batch": 0, "negative": -3}.get(name, 1)
+    assert len(new.fusion_report.passes) == 1
+    with pytest.raises(RuntimeError, match="Sizes of tensors must match"):
+        found(x, x[:1, :, :3])
+
+
+def test_what_is_no_plain_max_pool_or_concatenation_stays() -> None:
+    hooked = nn.MaxPool2d(2)
+    hooked.register_forward_hook(lambda module, given, result: result + 1)
+    made = Made(
+        lambda m, x: (
+            m.hooked(m.conv(x)), m.indices(x)[0], F.max_pool2d(x, 2, return_indices=True)[0], F.max_pool2d(x, x.dim()),
+            torch.cat([x]), F.max_pool1d(x[0], 2), m.average(x),
+            torch.cat([x, x], x.dim() - 3),
+        ),
+        conv=conv(), hooked=hooked, indices=nn.MaxPool2d(2, return_indices=True), average=nn.AvgPool2d(2),
+    )  # fmt: skip
+    new = fused(made, image())
+    assert new.fusion_report.passes == ()
+    assert not [one for one in new.modules() if isinstance(one, (Joined, Pooled))]
+
+
+def test_a_pool_that_is_called_at_several_places_is_replaced_at_each() -> None:
+    made = Made(lambda m, x: m.pool(m.pool(m.conv(x))), conv=conv(), pool=nn.MaxPool2d(2), fused_pool=nn.Identity())
+    new = fused(made, image(2, 4, 16, 16))
+    assert new.fusion_report.passes == ("pool", "pool")
+    assert "by one pass on a GPU: pool, pool" in str(new.fusion_report)
+    torch.testing.assert_close(torch.load(_saved(new), weights_only=False)(image()).shape, (2, 4, 2, 1))
+
+
+def test_gradients_and_transforms_go_through_what_stands_between() -> None:
+    made = Made(lambda m, x: torch.cat([m.pool(m.conv(x)), m.pool(x)], 1), conv=conv(), pool=nn.MaxPool2d(2))
+    model = ready(made)
+    new, x = convplan.fuse(model, policy=QUICK), image().requires_grad_()
+    (found,), (right,) = torch.autograd.grad(new(x).square().sum(), x), torch.autograd.grad(model(x).square().sum(), x)
+    torch.testing.assert_close(found, right, rtol=1e-4, atol=1e-4)
+    several = torch.randn(3, 2, 4, 9, 7)
+    torch.testing.assert_close(torch.vmap(new)(several), torch.vmap(model)(several), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
+@pytest.mark.parametrize("graded", [False, True])
+def test_a_trace_of_torchs_holds_torchs_operators(graded: bool) -> None:
+    made = Made(
+        lambda m, x: m.up(torch.cat([m.pool(F.relu(m.conv(x) + x)), m.pool(x)], 1)),
+        conv=conv(), pool=nn.MaxPool2d(2), up=nn.ConvTranspose2d(8, 4, 3, 2, 1, 1, dilation=2),
+    )  # fmt: skip
+    model, x = ready(made), image()
+    new = convplan.fuse(model, policy=QUICK)
+    with torch.set_grad_enabled(graded):
+        for _ in range(2):  # the second call is known by now
+            new(x)
+        traced = torch.jit.trace(new, x)
+        held = {node.kind() for node in traced.inlined_graph.nodes()}
+        assert {"aten::_convolution", "aten::relu", "aten::add", "aten::max_pool2d", "aten::cat"} <= held
+        other = image(3, 4, 16, 12)
+        torch.testing.assert_close(traced(other), model(other), rtol=1e-4, atol=1e-4)
 
 
 REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {

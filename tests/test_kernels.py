@@ -201,6 +201,11 @@ def test_interpreted_what_follows_a_convolution_is_right(interpreted: Any) -> No
 
 
 @triton_only
+def test_interpreted_concatenations_and_max_pools_are_torchs(interpreted: Any) -> None:
+    assert interpreted["moving"] == []
+
+
+@triton_only
 def test_interpreted_a_large_mean_costs_no_digits(interpreted: Any) -> None:
     assert interpreted["far"] <= 1
 
@@ -214,11 +219,11 @@ def test_kernels_compile_for_an_absent_gpu_and_read_16_bytes_a_thread(tmp_path: 
         patch.setenv("TRITON_CACHE_DIR", str(tmp_path))
         patch.delenv("TRITON_INTERPRET", raising=False)
         found = json.loads(run_python("import runpy; runpy.run_module('helpers.compiling', run_name='__main__')"))
-    assert len(found) == 24
+    assert len(found) == 30
     for name, counts in found.items():
         wide, narrow = counts["ld wide"], counts["ld all"] - counts["ld wide"]
         # Nothing of the tensors themselves is read in smaller pieces; vectors of one number a column may be.
-        assert wide >= (2 if name.startswith(("sums", "moments")) else 4), name
+        assert wide >= (2 if name.startswith(("sums", "moments", "place")) else 4), name
         assert narrow <= 4 + name.startswith("normalize"), name  # which counts batches
         if not name.startswith(("sums", "moments", "finish")):
             assert counts["st wide"] >= 2, name
@@ -343,6 +348,13 @@ def test_what_no_kernel_does_is_left_to_the_caller() -> None:
     before = y.clone()
     assert not kernels.follow(y, torch.ones(8), y.clone(), None, 1.0, "relu")
     assert torch.equal(y, before)
+
+
+def test_what_no_kernel_moves_is_left_to_the_caller() -> None:
+    x = torch.randn(2, 8, 300, 300).to(memory_format=torch.channels_last)
+    assert x.numel() >= kernels.MANY
+    assert kernels.concatenate((x, x)) is None
+    assert kernels.max_pool(x, (2, 2), (2, 2), (0, 0), (1, 1), False) is None
 
 
 def test_importing_the_package_imports_no_triton() -> None:

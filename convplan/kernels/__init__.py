@@ -1,6 +1,8 @@
 """What comes after a convolution, in as few passes over memory as there can be.
 
     follow                activation(scale * y + alpha * residual + bias), over y: one pass
+    concatenate           tensors side by side, channel after channel: one pass
+    max_pool              the largest number of each window, and not where it was: one pass
     column_sums           sums and sums of squares of each channel: one pass
     normalize             activation((y - mean) * invstd * weight + bias + residual): one pass, two without sums
     normalize_backward    its gradients: two passes
@@ -19,6 +21,8 @@ Concurrency: from any thread, on any stream; running statistics are written with
 from __future__ import annotations
 
 import logging
+import math
+from collections.abc import Sequence
 from functools import lru_cache
 from types import ModuleType
 from typing import Any, Literal, NamedTuple
@@ -28,16 +32,18 @@ import torch
 from convplan.kernels import composed
 
 __all__ = [
-    "Norm", "activation_backward", "backward_needs", "column_sums", "empty_sums", "follow", "normalize",
-    "normalize_backward",
+    "Norm", "activation_backward", "backward_needs", "column_sums", "concatenate", "empty_sums", "follow", "max_pool",
+    "normalize", "normalize_backward",
 ]  # fmt: skip
 
 Tensor = torch.Tensor
 Parameters = tuple[float, ...]
+Ints = tuple[int, ...]
 
 log = logging.getLogger("convplan.kernels")
 
 _KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+MOST_TAPS = 64  # of a window: the compiler writes out all of them
 MANY = 2**20  # elements: of fewer, one operation takes torch no longer than a launch does
 # Their derivative is the same seen from the output, however that was rounded.
 _FROM_OUTPUT = ("relu", "leaky_relu", "hardtanh")
@@ -110,15 +116,7 @@ def follow(
         return False
     if residual is not None and (residual.dtype not in _KERNEL_DTYPES or residual.stride() != y.stride()):
         return False
-    launches = _launches or _load()
-    if launches is None:
-        return False
-    try:
-        done: bool = launches.follow(y, bias, residual, scale, alpha, activation, parameters)
-    except launches.Unusable as error:
-        _give_up(str(error))
-        return False
-    return done
+    return bool(_tried("follow", y, bias, residual, scale, alpha, activation, parameters))
 
 
 def empty_sums(y: Tensor, channels: int) -> Tensor:
@@ -127,6 +125,100 @@ def empty_sums(y: Tensor, channels: int) -> Tensor:
         made: Tensor = _launches.floats(y, y.get_device(), (2, channels))
         return made
     return torch.empty((2, channels), dtype=torch.float32, device=y.device)
+
+
+def concatenate(tensors: Sequence[Tensor]) -> Tensor | None:
+    """`torch.cat(tensors, 1)`, where kernels do it sooner than torch, whose own moves a third of what memory can.
+
+    Args:
+        tensors: (N, C_i, H, W) or (N, C_i, D, H, W), of one dtype, with equal sizes but for the channels.
+
+    Returns:
+        (N, sum of C_i, ...), channels-last as its parts are; None where it was left to the caller: small, on the CPU,
+        of another layout or dtype, of channels that 8 does not divide, or of sizes that do not fit together.
+    """
+    first = tensors[0]
+    around = (*first.shape[:1], *first.shape[2:])
+    if len(tensors) < 2 or sum(one.numel() for one in tensors) < MANY or _moved_by_torch(first):
+        return None
+    for one in tensors:
+        if one.dim() != first.dim() or (*one.shape[:1], *one.shape[2:]) != around or one.shape[1] % 8:
+            return None
+        if one.dtype != first.dtype or one.get_device() != first.get_device() or _moved_by_torch(one):
+            return None
+    made: Tensor | None = _tried("concatenate", tuple(tensors))
+    return made
+
+
+def max_pool(
+    x: Tensor,
+    kernel: Ints,
+    stride: Ints,
+    padding: Ints,
+    dilation: Ints,
+    ceil_mode: bool,
+) -> Tensor | None:
+    """`max_pool2d` or `max_pool3d`, where a kernel does it sooner than torch, whose own notes where each number was.
+
+    Args:
+        x: (N, C, H, W) or (N, C, D, H, W).
+        kernel, stride, padding, dilation: one number for each of the last dimensions.
+        ceil_mode: as torch's.
+
+    Returns:
+        The result, channels-last as x; None where it was left to the caller: small, on the CPU, of another layout or
+        dtype, of windows of more than 64 numbers, or of sizes that have no meaning.
+    """
+    if x.numel() < MANY or _moved_by_torch(x) or math.prod(kernel) > MOST_TAPS:
+        return None
+    sizes = x.shape[2:]
+    if any(len(one) != len(sizes) for one in (kernel, stride, padding, dilation)):
+        return None
+    dims = list(zip(kernel, stride, padding, dilation, strict=True))
+    if any(k < 1 or s < 1 or d < 1 or not 0 <= p <= k // 2 for k, s, p, d in dims):
+        return None
+    pooled = [_pooled(size, *dim, ceil_mode) for size, dim in zip(sizes, dims, strict=True)]
+    shape = (*x.shape[:2], *pooled)
+    if min(pooled) < 1 or max(x.numel(), math.prod(shape)) // x.shape[1] >= 2**31:
+        return None
+    windows = (*_three(kernel, 1), *_three(stride, 1), *_three(padding, 0), *_three(dilation, 1))
+    made: Tensor | None = _tried("max_pool", x, shape, windows)
+    return made
+
+
+def _pooled(size: int, kernel: int, stride: int, padding: int, dilation: int, ceil_mode: bool) -> int:
+    """How many windows there are: none begins behind the input and its left padding."""
+    room = size + 2 * padding - dilation * (kernel - 1) - 1
+    if not ceil_mode:
+        return room // stride + 1
+    count = -(-room // stride) + 1
+    return count - 1 if (count - 1) * stride >= size + padding else count
+
+
+def _three(numbers: Ints, otherwise: int) -> tuple[int, ...]:
+    return (otherwise, otherwise, *numbers)[-3:]
+
+
+def _moved_by_torch(x: Tensor) -> bool:
+    """Whether a tensor is none that kernels move: on a GPU, of whole vectors of channels, and plainly channels-last.
+
+    That is, where its strides say so: of one channel, or one place, they tell nothing, and torch takes it as it likes.
+    """
+    if not x.is_cuda or _gave_up or x.dtype not in _KERNEL_DTYPES or x.dim() not in (4, 5):
+        return True
+    return x.shape[1] < 2 or x.stride()[1] != 1 or not _is_matrix(x)
+
+
+def _tried(name: str, *arguments: Any) -> Any:
+    """What a kernel made; None where there is no Triton or it failed."""
+    launches = _launches or _load()
+    if launches is None:
+        return None
+    try:
+        return getattr(launches, name)(*arguments)
+    except launches.Unusable as error:
+        _give_up(str(error))
+        return None
 
 
 def normalize(

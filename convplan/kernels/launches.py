@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from convplan._problem import channels_last_strides
 from convplan.kernels import choices, sources
 from convplan.kernels.ready import Ready
 
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 Tensor = torch.Tensor
 Parameters = tuple[float, ...]
 Dtypes = tuple[torch.dtype | None, ...]
+Windows = tuple[int, ...]
 
 MOST_KEPT = 2048  # of each kind: sizes, dtypes and settings; one model's training has some dozens
 
@@ -82,10 +84,40 @@ def follow(
     """One kernel; False, and nothing done, where it would have to be compiled while a CUDA graph is captured."""
     ready = _following(y.shape, y.dtype, _dtypes(residual, bias, scale), alpha, activation, parameters).follow
     index = y.get_device()
-    if index >= 0 and not ready.is_known(index) and torch.cuda.is_current_stream_capturing():
+    if not _may_launch(index, ready):
         return False
     _launch(ready, index, y, residual, bias, scale)
     return True
+
+
+def concatenate(tensors: tuple[Tensor, ...]) -> Tensor | None:
+    """One kernel for each; None, and nothing done, where one would have to be compiled in a capture."""
+    x = tensors[0]
+    made = _joining(tuple([one.shape for one in tensors]), x.dtype)
+    index = x.get_device()
+    if not _may_launch(index, *made.places):
+        return None
+    out = _strided(x, index, made.shape, made.strides)
+    for one, ready, first in zip(tensors, made.places, made.firsts, strict=True):
+        _launch(ready, index, one, out if not first else out.narrow(1, first, one.shape[1]))
+    return out
+
+
+def max_pool(x: Tensor, shape: tuple[int, ...], windows: Windows) -> Tensor | None:
+    """One kernel; None, and nothing done, where it would have to be compiled in a capture.
+
+    Args:
+        x: (N, C, H, W) or (N, C, D, H, W).
+        shape: of the result.
+        windows: kernel, stride, padding and dilation, each of three dimensions, in one tuple.
+    """
+    made = _pooling(x.shape, shape, x.dtype, windows)
+    index = x.get_device()
+    if not _may_launch(index, made.pool):
+        return None
+    out = _strided(x, index, made.shape, made.strides)
+    _launch(made.pool, index, x, out)
+    return out
 
 
 def normalize_backward(
@@ -224,6 +256,42 @@ class _Following(_Pass):
         )  # fmt: skip
 
 
+class _Joining:
+    """For `concatenate`: what places each tensor, and the channel that it begins at."""
+
+    def __init__(self, shapes: tuple[torch.Size, ...]) -> None:
+        first, channels = shapes[0], [shape[1] for shape in shapes]
+        self.shape = (first[0], sum(channels), *first[2:])
+        self.strides = channels_last_strides(self.shape)
+        self.firsts = [sum(channels[:place]) for place in range(len(channels))]
+        align = min(choices.alignment(one) for one in channels)
+        self.places = []
+        for shape in shapes:
+            rows, columns = shape.numel() // shape[1], shape[1]
+            cut = choices.passing(rows, columns)
+            numbers = (rows, columns // align, cut.rows_each, self.shape[1] // align, align)
+            self.places.append(Ready(sources.place, cut, (*numbers, cut.block_rows, cut.block_columns)))
+
+
+class _Pooling(_Pass):
+    """For `max_pool`; its rows are those of the result."""
+
+    def __init__(self, before: torch.Size, shape: tuple[int, ...], windows: Windows) -> None:
+        super().__init__(torch.Size(shape))
+        self.strides = channels_last_strides(shape)
+        cut = choices.passing(self.rows, self.columns)
+        self.pool = Ready(
+            sources.max_pool, cut,
+            (self.rows, self.units, cut.rows_each, *_three(before), *_three(shape), *windows, self.align,
+             cut.block_rows, cut.block_columns),
+        )  # fmt: skip
+
+
+def _three(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Depth, height and width."""
+    return (1, 1, *shape[2:])[-3:]
+
+
 class _GoingBack(_Pass):
     """For `normalize_backward`: `count` partial sums, of shape `parts`; `input` is there where it is wanted."""
 
@@ -296,6 +364,16 @@ def _following(
 
 
 @lru_cache(maxsize=MOST_KEPT)
+def _joining(shapes: tuple[torch.Size, ...], dtype: torch.dtype) -> _Joining:
+    return _Joining(shapes)
+
+
+@lru_cache(maxsize=MOST_KEPT)
+def _pooling(before: torch.Size, shape: tuple[int, ...], dtype: torch.dtype, windows: Windows) -> _Pooling:
+    return _Pooling(before, shape, windows)
+
+
+@lru_cache(maxsize=MOST_KEPT)
 def _going_back(
     shape: torch.Size, dtype: torch.dtype, no_other: bool, from_output: bool, dtypes: Dtypes, activation: str,
     parameters: Parameters, wants_y: bool,
@@ -331,6 +409,20 @@ def _like(y: Tensor, index: int, dims: tuple[int, ...]) -> Tensor:
     if _allocate is not None and index == _current_device():
         return _allocate(dims, y.stride(), y.dtype)  # it takes plain tuples alone
     return torch.empty_like(y)
+
+
+def _strided(y: Tensor, index: int, dims: tuple[int, ...], strides: tuple[int, ...]) -> Tensor:
+    """Memory for numbers of y's dtype, where it is."""
+    if _allocate is not None and index == _current_device():
+        return _allocate(dims, strides, y.dtype)
+    return torch.empty_strided(dims, strides, dtype=y.dtype, device=y.device)
+
+
+def _may_launch(index: int, *kernels: Ready) -> bool:
+    """Whether kernels are compiled for a device, or may be now: not while a CUDA graph is captured."""
+    if index < 0 or all(one.is_known(index) for one in kernels):
+        return True
+    return not torch.cuda.is_current_stream_capturing()
 
 
 def _two(parameters: Parameters) -> Parameters:

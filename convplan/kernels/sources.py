@@ -17,7 +17,8 @@ import triton.language as tl
 from convplan.kernels.pointwise import activate, backward, backward_from_output
 
 # Their values mean nothing to a compiler: one kernel for all sizes.
-_SIZES = ["rows", "units", "rows_each", "count", "rows_of_count"]
+_SIZES = ["rows", "units", "rows_each", "count", "rows_of_count", "units_of_out"]
+_SIZES += [f"{which}_{dim}" for which in ("in", "out") for dim in ("depth", "height", "width")]
 
 
 @triton.jit
@@ -218,6 +219,78 @@ def follow(
         z = activate(z, ACTIVATION, P0, P1)
         tl.store(y + offset + tile, z.to(y.dtype.element_ty), mask=mask)
         offset += ROWS * columns
+
+
+@triton.jit(do_not_specialize=_SIZES)
+def place(
+    x, out, rows, units, rows_each, units_of_out,
+    ALIGN: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """Rows of x copied to where `out` begins, in longer rows of `units_of_out * ALIGN` columns."""
+    columns = units * ALIGN
+    pitch = units_of_out * ALIGN
+    at = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    inside = at < columns
+    first = tl.program_id(1).to(tl.int64) * rows_each
+    height = tl.minimum(rows - first, rows_each).to(tl.int32)
+    lines = tl.arange(0, ROWS)
+    read = lines[:, None] * columns + at[None, :]
+    written = lines[:, None] * pitch + at[None, :]
+    x += first * columns
+    out += first * pitch
+    for row in tl.range(0, height, ROWS):
+        mask = (lines < height - row)[:, None] & inside[None, :]
+        tl.store(out + written, tl.load(x + read, mask=mask), mask=mask)
+        x += ROWS * columns
+        out += ROWS * pitch
+
+
+@triton.jit(do_not_specialize=_SIZES)
+def max_pool(
+    x, out, rows, units, rows_each, in_depth, in_height, in_width, out_depth, out_height, out_width,
+    KERNEL_D: tl.constexpr, KERNEL_H: tl.constexpr, KERNEL_W: tl.constexpr,
+    STRIDE_D: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr,
+    PADDING_D: tl.constexpr, PADDING_H: tl.constexpr, PADDING_W: tl.constexpr,
+    DILATION_D: tl.constexpr, DILATION_H: tl.constexpr, DILATION_W: tl.constexpr,
+    ALIGN: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """The largest number of each window, for each row of `out`; not a number where one in the window is none.
+
+    Sizes and windows are those of three dimensions. Rows, of either tensor, are fewer than 2**31.
+    """
+    columns = units * ALIGN
+    at = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    inside = at < columns
+    first = tl.program_id(1) * rows_each
+    height = tl.minimum(rows - first, rows_each)
+    lines = tl.arange(0, ROWS)
+    for begin in tl.range(0, height, ROWS):
+        here = lines < height - begin
+        row = first + begin + lines
+        w = row % out_width
+        rest = row // out_width
+        h = rest % out_height
+        rest = rest // out_height
+        d = rest % out_depth
+        n = rest // out_depth
+        d = d * STRIDE_D - PADDING_D
+        h = h * STRIDE_H - PADDING_H
+        w = w * STRIDE_W - PADDING_W
+        largest = tl.full([ROWS, COLUMNS], float("-inf"), tl.float32)
+        for i in tl.static_range(KERNEL_D):
+            dd = d + i * DILATION_D
+            for j in tl.static_range(KERNEL_H):
+                hh = h + j * DILATION_H
+                for k in tl.static_range(KERNEL_W):
+                    ww = w + k * DILATION_W
+                    there = here & (dd >= 0) & (dd < in_depth) & (hh >= 0) & (hh < in_height)
+                    there = there & (ww >= 0) & (ww < in_width)
+                    source = ((n * in_depth + dd) * in_height + hh) * in_width + ww
+                    places = x + source.to(tl.int64)[:, None] * columns + at[None, :]
+                    v = tl.load(places, mask=there[:, None] & inside[None, :], other=float("-inf")).to(tl.float32)
+                    largest = tl.maximum(largest, v, propagate_nan=tl.PropagateNan.ALL)
+        places = out + row.to(tl.int64)[:, None] * columns + at[None, :]
+        tl.store(places, largest.to(out.dtype.element_ty), mask=here[:, None] & inside[None, :])
 
 
 @triton.jit(do_not_specialize=_SIZES)

@@ -39,11 +39,14 @@ class FusionReport(NamedTuple):
         rows: for each convolution, or batch norm, its name, what it took in, and what ended that.
         untraced: modules that could not be traced, with the reasons; what is in them was looked at part by part.
         kind: what the rows are about.
+        passes: concatenations and max pools that take one pass over memory on a GPU: modules by their paths, calls of
+            functions by their names in the graph.
     """
 
     rows: tuple[Fused, ...]
     untraced: Mapping[str, str]
     kind: str = "convolution"
+    passes: tuple[str, ...] = ()
 
     @property
     def counts(self) -> dict[str, int]:
@@ -55,6 +58,7 @@ class FusionReport(NamedTuple):
         lines = [table({self.kind: "left", "fused": "left", "and then": "left"}, [
             (row.name, " + ".join(row.parts) or "-", row.ended or "-") for row in self.rows
         ])]  # fmt: skip
+        lines += [f"by one pass on a GPU: {', '.join(self.passes)}"] if self.passes else []
         lines += [f"not traced: {name or 'the model'}: {reason}" for name, reason in self.untraced.items()]
         return "\n".join(lines)
 
@@ -95,7 +99,7 @@ def fuse(
     fused = walk.run()
     if not walk.found_any and walk.rows:
         raise FuseError(model=name, reason=walk.untraced.get("", "none of its convolutions can be replaced"))
-    report = FusionReport(tuple(walk.rows), dict(walk.untraced))
+    report = FusionReport(tuple(walk.rows), dict(walk.untraced), passes=tuple(walk.passes))
     if example_inputs is not None:
         report = _tried(model, fused, example_inputs, report, strict)
     fused.fusion_report = report  # type: ignore[assignment]
@@ -171,6 +175,7 @@ class _Walk:
 
     def __init__(self, model: nn.Module, policy: Policy | None) -> None:
         self.rows: list[Fused] = []
+        self.passes: list[str] = []
         self.untraced: dict[str, str] = {}
         self.found_any = False
         self._model, self._policy = model, policy
@@ -240,8 +245,10 @@ class _Walk:
                 self.untraced[before + target] = reason
                 self._parts(one, before + target)
                 self._done[id(one)] = one
-        rows = Rewriting(module, found.graph, self._barred, self._policy).run()
+        rewriting = Rewriting(module, found.graph, self._barred, self._policy)
+        rows = rewriting.run()
         self.rows += [row._replace(name=before + row.name) for row in rows]
+        self.passes += [before + name for name in rewriting.passes]
         self.found_any = self.found_any or bool(rows)
         found.graph._tracer_cls = Reader
         new = FusedGraph(module, found.graph, type(module).__name__)

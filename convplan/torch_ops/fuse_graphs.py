@@ -2,7 +2,8 @@
 
 `traced` finds what can be traced: modules inside that cannot be are calls in the graph, for `fuse` to look into.
 `Rewriting` finds, for each convolution of a graph, the longest run of norm, sum and activation behind it that can be
-computed with it, and puts one call in its place. What a node is, is asked of `fuse_patterns`.
+computed with it, and puts one call in its place; then it replaces concatenations and max pools (`between`). What a node
+is, is asked of `fuse_patterns`.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from torch.fx import Graph, Node
 from convplan._activations import Resolved
 from convplan._policy import Policy
 from convplan.torch_ops import fuse_patterns as patterns
+from convplan.torch_ops.between import Joined, Pooled
 from convplan.torch_ops.fused_modules import FusedCall, FusedConv, Norm, Sum, folded
 
 Tensor = torch.Tensor
@@ -264,6 +266,9 @@ class Rewriting:
         graph: is changed.
         barred: why a convolution module is to be left alone; empty where it is not.
         policy: what the new modules are given.
+
+    Attributes:
+        passes: what was replaced and is no convolution: modules by their paths, calls by their names in the graph.
     """
 
     def __init__(
@@ -271,6 +276,7 @@ class Rewriting:
     ) -> None:
         self._module, self.graph, self._policy, self._barred = module, graph, policy, barred
         self.modules = dict(module.named_modules(remove_duplicate=False))
+        self.passes: list[str] = []
         self._uses: dict[int, int] = {}
         for node in graph.nodes:
             if node.op == "call_module":
@@ -290,8 +296,31 @@ class Rewriting:
             elif patterns.functional_call(node) is not None:
                 self._ask_before(node)
                 found.append(self._fuse_call(node))
+        self._pass_between()
         self.graph.lint()
         return found
+
+    def _pass_between(self) -> None:
+        """Replace concatenations and max pools by modules that take one pass over memory."""
+        for node in list(self.graph.nodes):
+            joined, pooled = patterns.joined(node), patterns.pooled(node, self.modules)
+            if joined is not None:
+                self._replace_one(node, Joined(joined[1]), joined[0])
+            elif pooled is not None:
+                self._replace_one(node, Pooled(pooled[1]), (pooled[0],))
+
+    def _replace_one(self, node: Node, module: nn.Module, given: tuple[Node, ...]) -> None:
+        self.passes.append(str(node.target) if node.op == "call_module" else node.name)
+        self.replace(Chain((node,)), self._added(node, module), given)
+
+    def _added(self, node: Node, module: nn.Module) -> str:
+        """The name of a new module, after a node, that nothing has yet."""
+        target = f"fused_{node.name}"
+        while hasattr(self._module, target):
+            target += "_"
+        self._module.add_module(target, module)
+        self.modules[target] = module
+        return target
 
     def _convolution(self, node: Node) -> nn.Module | None:
         module = self.modules.get(str(node.target)) if node.op == "call_module" else None
@@ -366,10 +395,7 @@ class Rewriting:
         if len(chain.nodes) == 1:
             return Fused(name, (), ended)
         new = FusedCall(call.geometry, chain.sum, chain.activation, self._policy)
-        target = f"fused_{node.name}"
-        self._module.add_module(target, new)
-        self.modules[target] = new
-        self.replace(chain, target, (call.x, call.weight, call.bias))
+        self.replace(chain, self._added(node, new), (call.x, call.weight, call.bias))
         return Fused(name, (("bias",) if call.bias is not None else ()) + chain.names, ended)
 
     def replace(self, chain: Chain, target: str | Callable[..., Any], given: tuple[Any, ...]) -> None:

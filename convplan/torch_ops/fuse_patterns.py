@@ -1,4 +1,5 @@
-"""What the nodes of a traced graph are to `fuse`: convolutions, batch norms, sums, activations, writes in place.
+"""What the nodes of a traced graph are to `fuse`: convolutions, batch norms, sums, activations, concatenations, max
+pools, writes in place.
 
 Tables and questions about one node; nothing here changes a graph. Modules count by their very class, as a subclass may
 compute anything; only convolutions count by what they run.
@@ -18,6 +19,7 @@ from torch.fx import Node
 
 from convplan._activations import Resolved, resolve
 from convplan._errors import SpecError
+from convplan.torch_ops.between import Windows
 from convplan.torch_ops.fused_modules import Geometry, Norm, Sum
 
 Modules = Mapping[str, nn.Module]
@@ -104,6 +106,12 @@ _CALLS: dict[object, tuple[int, bool]] = {
     **dict.fromkeys((F.conv_transpose3d, torch.conv_transpose3d, _aten.conv_transpose3d.input), (3, True)),
 }
 _BATCH_NORMS = (F.batch_norm, torch.batch_norm, _aten.batch_norm.default)
+
+_JOINS = (torch.cat, torch.concat, torch.concatenate)
+_POOLS: dict[object, int] = {
+    **dict.fromkeys((nn.MaxPool2d, F.max_pool2d, torch.max_pool2d), 2),
+    **dict.fromkeys((nn.MaxPool3d, F.max_pool3d, torch.max_pool3d), 3),
+}
 
 # Classes of torch's whose result shares no memory with their input, unless they are told to work in place.
 _FRESH = (
@@ -321,6 +329,53 @@ def activation_of(node: Node, modules: Modules) -> Resolved | str:
 
 def _gelu(approximate: str) -> tuple[str, tuple[Any, ...]]:
     return ("gelu_tanh" if approximate == "tanh" else "gelu"), ()
+
+
+# --- what stands between convolutions
+
+
+def joined(node: Node) -> tuple[tuple[Node, ...], int] | None:
+    """The tensors that a node puts side by side, and along which dimension; None where it does something else."""
+    if node.op != "call_function" or node.target not in _JOINS:
+        return None
+    given = arguments(node, ("tensors", "dim"))
+    dim = given.pop("axis", given.pop("dim", 0))
+    tensors = given.pop("tensors", None)
+    if given or type(dim) is not int or not isinstance(tensors, (list, tuple)):
+        return None
+    parts = tuple(one for one in tensors if isinstance(one, Node))
+    return (parts, dim) if len(parts) == len(tensors) > 1 else None
+
+
+def pooled(node: Node, modules: Modules) -> tuple[Node, Windows] | None:
+    """What a node takes the largest numbers of, and in which windows; None where it does something else."""
+    module = called(node, modules)
+    names = ("kernel_size", "stride", "padding", "dilation", "ceil_mode", "return_indices")
+    if module is not None:
+        spatial = _POOLS.get(type(module), 0)
+        if not spatial or is_touched(module):
+            return None
+        given = {name: getattr(module, name) for name in names} | {"input": node.args[0]}
+    elif node.op == "call_function" and node.target in _POOLS:
+        spatial, given = _POOLS[node.target], arguments(node, ("input", *names))
+    else:
+        return None
+    x, kernel = given.get("input"), given.get("kernel_size")
+    if set(given) - {"input", *names} or given.get("return_indices", False) is not False or not isinstance(x, Node):
+        return None
+    stride, ceil_mode = given.get("stride"), given.get("ceil_mode", False)
+    try:
+        windows = Windows(
+            kernel=_numbers(kernel, spatial),
+            stride=_numbers(kernel if stride is None or stride == [] else stride, spatial),
+            padding=_numbers(given.get("padding", 0), spatial),
+            dilation=_numbers(given.get("dilation", 1), spatial),
+            ceil_mode=ceil_mode,
+        )
+    except TypeError:  # a number that is computed
+        return None
+    sound = type(ceil_mode) is bool and all(len(one) == spatial for one in windows[:4])
+    return (x, windows) if sound else None
 
 
 # --- memory

@@ -29,6 +29,7 @@ Tensor = torch.Tensor
 
 _any_autocast = torch._C._is_any_autocast_enabled
 _is_compiling = torch.compiler.is_compiling
+_is_tracing = torch._C._get_tracing_state
 _is_grad_enabled = torch.is_grad_enabled
 _is_inference = torch.is_inference_mode_enabled
 _PLAIN = (Tensor, nn.Parameter)
@@ -158,7 +159,7 @@ class FusedCall(nn.Module):
         A call without gradients that is like one of those before is known by comparing what could differ, which costs
         half of making a key of it.
         """
-        if _is_compiling() or _any_autocast() or _is_grad_enabled():
+        if _is_compiling() or _any_autocast() or _is_grad_enabled() or _is_tracing() is not None:
             return self._called(x, weight, bias, residual)
         home = local.callers
         if self.sum is None:
@@ -183,6 +184,8 @@ class FusedCall(nn.Module):
 
     def _called(self, x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
         """By the function that users call."""
+        if _is_tracing() is not None:  # by torch.jit, whose traces hold torch's own operators
+            return self._traced(x, weight, bias, residual)
         if _any_autocast() and not self._keeps_dtype(x):
             return self._apart(x, weight, bias, residual)
         if self.sum is None:
@@ -226,6 +229,16 @@ class FusedCall(nn.Module):
     def _apart(self, x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
         """As the model computed it: a convolution, a sum, an activation."""
         result = self._function(x, weight, bias, **self._named)
+        if self.sum is not None:
+            result = self.sum.of(result, residual)
+        return result if self.activation is None else self.activation.of(result)
+
+    def _traced(self, x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
+        """The same by torch alone."""
+        spatial, stride, padding, dilation, transposed, outer, groups = self.geometry
+        name = f"conv{'_transpose' if transposed else ''}{spatial}d"
+        rest = (outer, groups, dilation) if transposed else (dilation, groups)
+        result: Tensor = getattr(torch.nn.functional, name)(x, weight, bias, stride, padding, *rest)
         if self.sum is not None:
             result = self.sum.of(result, residual)
         return result if self.activation is None else self.activation.of(result)

@@ -135,6 +135,42 @@ def test_a_fused_network_runs_in_a_cuda_graph() -> None:
     torch.testing.assert_close(y, expected, rtol=2e-2, atol=2e-2)
 
 
+def test_what_stands_between_convolutions_is_torchs_to_the_bit() -> None:
+    class Between(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.up = nn.Conv2d(16, 64, 3, padding=1), nn.ConvTranspose2d(64, 64, 2, stride=2)
+            self.pool = nn.MaxPool2d(3, 2, padding=1)
+
+        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+            y = self.conv(x)
+            pooled = self.pool(y)
+            return y, pooled, torch.cat([self.up(pooled), y], 1)
+
+    model = ready(Between()).cuda().bfloat16().to(memory_format=torch.channels_last)
+    x = torch.randn(8, 16, 64, 64, device="cuda").bfloat16().to(memory_format=torch.channels_last)
+    fused = convplan.fuse(model, policy=QUICKER)
+    assert len(fused.fusion_report.passes) == 2
+    with torch.no_grad():
+        fused(x)
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+            y, pooled, joined = fused(x)
+            torch.cuda.synchronize()
+        launched = [event.name for event in profile.events() if event.name in ("max_pool", "place")]
+        assert launched == ["max_pool", "place", "place"]
+        assert torch.equal(pooled, nn.functional.max_pool2d(y, 3, 2, 1))
+        up = fused.up(pooled)
+        assert torch.equal(joined, torch.cat([up, y], 1))
+        assert joined.stride() == torch.cat([up, y], 1).stride()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            _, _, captured = fused(x)
+        captured.zero_()
+        graph.replay()
+        torch.cuda.synchronize()
+        assert torch.equal(captured, joined)
+
+
 def test_a_model_compiled_with_fusing_computes_the_same() -> None:
     class Block(nn.Module):
         def __init__(self) -> None:

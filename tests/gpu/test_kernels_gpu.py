@@ -17,6 +17,7 @@ from helpers.normalizing import (
     distances,
     far_from_zero,
     following,
+    moving,
     off,
     same_bits,
 )
@@ -62,6 +63,33 @@ def test_what_follows_a_convolution_is_right(findings: dict[str, Any]) -> None:
     found = following(lambda y, *rest: kernels.launches.follow(y, *rest), "cuda")
     findings["kernels of what follows a convolution, largest error over its limit"] = round(max(found.values()), 3)
     assert {name: value for name, value in found.items() if not value <= 1} == {}
+
+
+def test_concatenations_and_max_pools_are_torchs_to_the_bit() -> None:
+    assert moving("cuda") == []
+
+
+def test_what_kernels_move() -> None:
+    x = torch.randn(8, 64, 64, 64, device="cuda", dtype=torch.bfloat16).to(memory_format=torch.channels_last)
+    part = x[:, :24].contiguous(memory_format=torch.channels_last)
+    two, no = ((2, 2), (2, 2), (0, 0), (1, 1)), None
+    for one, right in (
+        (kernels.concatenate((x, part)), torch.cat((x, part), 1)),
+        (kernels.max_pool(x, *two, False), torch.nn.functional.max_pool2d(x, 2)),
+    ):
+        assert one is not None
+        assert one.stride() == right.stride()
+        assert torch.equal(one, right)
+    small = torch.empty_like(x[:1])
+    assert kernels.concatenate((small, small)) is kernels.max_pool(small, *two, False) is no
+    assert kernels.concatenate((x, x.contiguous())) is kernels.max_pool(x.contiguous(), *two, False) is no
+    assert kernels.concatenate((x.double(), x.double())) is kernels.max_pool(x.double(), *two, False) is no
+    assert kernels.concatenate((x, x.half())) is kernels.concatenate((x, x.cpu())) is kernels.concatenate((x,)) is no
+    assert kernels.concatenate((x, x[:, :4].contiguous(memory_format=torch.channels_last))) is no
+    assert kernels.concatenate((x, x[:, :, :32].contiguous(memory_format=torch.channels_last))) is no
+    assert kernels.max_pool(x, (9, 9), (1, 1), (0, 0), (1, 1), False) is no
+    assert kernels.max_pool(x, (2, 2), (2, 2), (2, 2), (1, 1), False) is no
+    assert kernels.max_pool(x, (3, 3), (1, 1), (0, 0), (90, 90), False) is no
 
 
 def test_which_operations_a_kernel_does() -> None:

@@ -13,9 +13,10 @@ from triton.compiler import ASTSource, compile
 from convplan.kernels import sources
 
 H200 = GPUTarget("cuda", 90, 32)
-INTEGERS = ("rows", "units", "rows_each", "count", "rows_of_count")
+INTEGERS = ("rows", "units", "rows_each", "count", "rows_of_count", "units_of_out")
+INTEGERS += tuple(f"{which}_{dim}" for which in ("in", "out") for dim in ("depth", "height", "width"))
 FLOATS = ("partials", "given", "saved", "weight", "bias", "scale", "running_mean", "running_var", "totals")
-TENSORS = ("y", "grad", "other", "residual", "out", "g_out", "grad_y")
+TENSORS = ("x", "y", "grad", "other", "residual", "out", "g_out", "grad_y")
 TYPES = {
     **dict.fromkeys(INTEGERS, "i32"),
     **dict.fromkeys(FLOATS, "*fp32"),
@@ -31,6 +32,10 @@ KERNELS: dict[str, dict[str, Any]] = {
     "finish": {"MOMENTS": True, "BLOCK": 512, "COLUMNS": 8},
     "normalize": {"GIVEN": "sums"},
     "follow": {},
+    "place": {},
+    "max_pool": {f"{what}_{dim}": 1 if dim == "D" else 2 for what in ("KERNEL", "STRIDE") for dim in "DHW"}
+    | {f"PADDING_{dim}": 0 for dim in "DHW"}
+    | {f"DILATION_{dim}": 1 for dim in "DHW"},
     "backward_sums": {"FROM_OUTPUT": True},
     "backward_input": {},
     "activation_backward": {"FROM_OUTPUT": True},

@@ -281,6 +281,51 @@ def following(follow: Callable[..., bool], device: str = "cpu", exact: bool = Tr
     return found
 
 
+def moving(device: str = "cpu") -> list[str]:
+    """The concatenations and max pools that are not torch's, to the bit; there should be none.
+
+    On the CPU the kernels are called by themselves, as its tensors are torch's otherwise.
+    """
+    from convplan.kernels import launches
+
+    wrong = []
+    draw = torch.Generator().manual_seed(4)
+
+    def laid(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        x = torch.randn(shape, generator=draw)
+        x[0, 1].view(-1)[3] = float("nan")
+        return x.to(device, dtype).movedim(1, -1).contiguous().movedim(-1, 1)
+
+    def is_same(found: Tensor | None, right: Tensor) -> bool:
+        if found is None or found.stride() != right.stride() or not torch.equal(found.isnan(), right.isnan()):
+            return False
+        return torch.equal(found.nan_to_num(), right.nan_to_num())
+
+    for dtype, size in itertools.product(DTYPES, [(5, 7), (3, 4, 5)]):
+        parts = tuple(laid(2, channels, *size, dtype=dtype) for channels in (8, 136, 16))
+        found = launches.concatenate(parts)
+        if not is_same(found, torch.cat(parts, 1)):
+            wrong.append(f"concatenation of {size} {dtype}")
+    kinds = itertools.product([(6, 9), (11, 5, 7)], [2, 3, 5], [1, 2, 3], [0, 1], [1, 2], [False, True])
+    for number, (size, kernel, stride, padding, dilation, ceil_mode) in enumerate(kinds):
+        if padding > kernel // 2 or dilation * (kernel - 1) >= min(size) + 2 * padding:
+            continue
+        x = laid(2, 12 if number % 2 else 72, *size, dtype=DTYPES[number % 3])
+        pool = F.max_pool2d if len(size) == 2 else F.max_pool3d
+        right = pool(x, kernel, stride, padding, dilation, ceil_mode)
+        numbers = [(one,) * len(size) for one in (kernel, stride, padding, dilation)]
+        windows = tuple(
+            each for one, fill in zip(numbers, (1, 1, 0, 1), strict=True) for each in kernels._three(one, fill)
+        )
+        pooled = [
+            kernels._pooled(one, *dim, ceil_mode) for one, dim in zip(size, zip(*numbers, strict=True), strict=True)
+        ]
+        found = launches.max_pool(x, (*x.shape[:2], *pooled), windows)
+        if not is_same(found, right):
+            wrong.append(f"max pool of {size} by {kernel}, {stride}, {padding}, {dilation}, {ceil_mode} {x.dtype}")
+    return wrong
+
+
 def far_from_zero(device: str = "cpu") -> float:
     """How far the deviation is from that in float64, where the mean is a thousand times as large."""
     y = 1000 + torch.randn(70, 64, 4, 4, generator=torch.Generator().manual_seed(2))
@@ -332,6 +377,7 @@ def main() -> None:
     kernels._either = lambda y, name, *arguments, fits=True: getattr(launches, name)(*arguments)
     found: dict[str, Any] = {"corners": corner_offences(), "same bits": same_bits(), "far": far_from_zero()}
     found["each alone"] = each_alone()
+    found["moving"] = moving()
     found["following"] = following(launches.follow, exact=False)
     for case in cases():
         try:
