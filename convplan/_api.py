@@ -12,7 +12,7 @@ from convplan import _ranges
 from convplan._agreement import start_of
 from convplan._choices import known, state
 from convplan._counts import counts
-from convplan._deciding import adopt
+from convplan._deciding import adopt, make_ready
 from convplan._errors import SpecError
 from convplan._plan import PlanRecord
 from convplan._policy import Policy
@@ -231,6 +231,10 @@ def tune(
     """Plan many problems now and store the plans, whatever `tune_after` says: measured at least, or searched where the
     policy's effort is `exhaustive`.
 
+    Every plan is ready afterwards: the next call, under a policy that allows the same, runs it, and may be one that is
+    captured into a CUDA graph. So a problem that is stored already costs restoring or building its plan, and on a GPU
+    one run on tensors of its own. A plan that cannot be made ready is left to the problem's next call.
+
     Args:
         problems: problems, or a callable, which is called once under `capture()`. Its gradients count too:
             those that it computes itself, else those that its result could be differentiated by.
@@ -255,6 +259,7 @@ def tune(
         progress(0, len(found), None)
     for done, place in enumerate((*range(first, len(found)), *range(first)), start=1):
         record, _ = adopt(_checked(found[place]), wanted, force=force)
+        make_ready(found[place], wanted)
         records[place] = record
         if progress is not None:
             progress(done, len(found), record)

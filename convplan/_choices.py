@@ -62,6 +62,24 @@ class Failure(NamedTuple):
     generation: int
 
 
+class Ready(NamedTuple):
+    """A plan that is built, by the engines of which generation, and the GPUs `tune` made it ready on (-1: the CPU).
+
+    On none: planning left it, and it is for whoever runs the problem first. Else it stays with the choice and is shared
+    by all, since each call of a CUDA graph's capture asks for it anew, as does each layer and each thread: a plan runs
+    in any thread, and what belongs to one is made when it is bound.
+    """
+
+    record: PlanRecord
+    plan: Plan
+    generation: int
+    devices: frozenset[int] = frozenset()
+
+    def is_for(self, record: PlanRecord | None) -> bool:
+        """Whether it is what building a record's choice would give now."""
+        return self.record is record and self.generation == registry.generation
+
+
 class Choice:
     """The record that a problem runs by, how often it was seen, or why there is none."""
 
@@ -75,7 +93,7 @@ class Choice:
         self.has_near_relative = False  # whose choice it runs by
         self.one_of_many = False  # of a family whose shapes vary
         self.job: Agreement | None = None  # with the other ranks
-        self._ready: tuple[PlanRecord, Plan] | None = None
+        self._ready: Ready | None = None
 
     def sight(self, layer: Layer | None) -> None:
         """Count a sighting by one layer; None: by whom is not known. Under the lock.
@@ -101,15 +119,29 @@ class Choice:
 
     def hand_over(self, record: PlanRecord, plan: Plan) -> None:
         """Leave what planning built for the first runner, which need not build it again."""
-        self._ready = (record, plan)
+        self._ready = Ready(record, plan, registry.generation)
+
+    def keep_ready(self, record: PlanRecord, plan: Plan, device: int) -> None:
+        """Keep a plan for every runner, after it was made ready on a device. Under the lock."""
+        before = self._ready
+        others = before.devices if before is not None and before.plan is plan else frozenset[int]()
+        self._ready = Ready(record, plan, registry.generation, others | {device})
 
     def take_ready(self, record: PlanRecord) -> Plan | None:
-        """The plan that was left with this record, for one caller only."""
+        """The plan that was left with this record; for one caller only, unless it was made ready for all."""
         if self._ready is None:
             return None
         with self.lock:
-            ready, self._ready = self._ready, None
-        return ready[1] if ready is not None and ready[0] is record else None
+            ready = self._ready
+            found = ready.plan if ready is not None and ready.is_for(record) else None
+            if ready is None or found is None or not ready.devices:
+                self._ready = None
+        return found
+
+    def ready_on(self, device: int) -> Ready | None:
+        """What was made ready on a device of the record that holds now. Waits for nobody: a graph may be captured."""
+        ready = self._ready
+        return ready if ready is not None and ready.is_for(self.record) and device in ready.devices else None
 
 
 ChoiceKey = tuple[Problem, tuple[tuple[str, object], ...], "Environment"]
@@ -123,6 +155,7 @@ class _Choices:
         self._kept: LeastRecentlyUsed[ChoiceKey, Choice] | None = None
 
     def get(self, problem: Problem, policy: Policy, environment: Environment) -> Choice:
+        """The choice for a problem; a new one where there is none."""
         key = (problem, policy.key_items(), environment)
         with self._lock:
             if self._kept is None:
@@ -132,6 +165,11 @@ class _Choices:
                 found = Choice()
             self._kept.add(key, found)
             return found
+
+    def find(self, problem: Problem, policy: Policy, environment: Environment) -> Choice | None:
+        """The same, None where there is none."""
+        with self._lock:
+            return None if self._kept is None else self._kept.get((problem, policy.key_items(), environment))
 
     def engines(self) -> dict[str, int]:
         """For each engine, how many of the choices are its."""

@@ -1,8 +1,9 @@
 """Which plan runs a problem: the remembered, the stored, one like its relatives', another rank's, or a new one.
 
 A choice starts as the stored record, or as an untuned plan that counts how often it is used and is exchanged for a
-tuned one at the sighting the policy names. What is remembered, and where, is `_choices`; how a plan is found is
-`_planner`; running it, and what to do when it fails, is `_runtime`.
+tuned one at the sighting the policy names. While a CUDA graph is captured only what `make_ready` left counts. What is
+remembered, and where, is `_choices`; how a plan is found is `_planner`; running it, and what to do when it fails, is
+`_runtime`.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from contextlib import nullcontext
 
 from convplan import _agreement, _environment
 from convplan._candidates import COMPILED
-from convplan._choices import STORE_VARIABLES, Choice, Failure, Layer, known, state
+from convplan._choices import STORE_VARIABLES, Choice, Failure, Layer, Ready, known, state
 from convplan._counts import counts, warn_once
 from convplan._errors import ConvPlanError, NoPlan, ReplayMiss, TooLarge
 from convplan._learned import learned_from, verdict
@@ -25,6 +26,7 @@ from convplan._plan import Plan, PlanRecord
 from convplan._planner import find_plans
 from convplan._policy import EFFORTS, Effort, Policy
 from convplan._problem import Problem
+from convplan._proof import run_once
 from convplan._relatives import RELATIVE, plan_like
 from convplan.engines import registry
 from convplan.engines.base import LAST_RESORT, Restoring
@@ -66,6 +68,26 @@ def decide(problem: Problem, policy: Policy, layer: Layer | None = None) -> tupl
         elif not is_settled(choice.record, resolved) and not choice.gave_up:
             choice.record = _seen_again(choice, choice.record, problem, resolved, environment)
         return choice, choice.record
+
+
+def ready_choice(problem: Problem, policy: Policy, device: int) -> tuple[Choice, Ready] | None:
+    """What a problem that is met while a CUDA graph is captured runs by: what was made ready before, if anything.
+
+    Nothing is planned, built, read or counted, and no other thread is waited for.
+
+    Args:
+        problem, policy: as for `decide`.
+        device: index of the GPU, which is the current one.
+    """
+    resolved = policy.resolve()
+    choice = known.choices.find(problem, resolved, _environment.current(problem.device))
+    ready = None if choice is None else choice.ready_on(device)
+    if choice is None or ready is None:
+        return None
+    board, job = _agreement.board_for(resolved), choice.job
+    if board is not None and (job is None or job.board is not board or not job.seen):  # chosen before there was a job
+        return None
+    return choice, ready
 
 
 def _seen_again(
@@ -429,6 +451,7 @@ def adopt(problem: Problem, policy: Policy, *, force: bool = False) -> tuple[Pla
     choice = known.choices.get(problem, resolved, environment)
     replay = resolved.mode == "replay"
     with choice.lock:
+        before = choice.record
         job = choice.job = _agreement.agreement(choice.job, problem, resolved, environment, asked=resolved.effort)
         if not _suffices(choice.record, resolved):
             choice.record = _stored(choice, problem, resolved, environment) or choice.record
@@ -436,6 +459,8 @@ def adopt(problem: Problem, policy: Policy, *, force: bool = False) -> tuple[Pla
             choice.record = _built_ahead(choice, problem, resolved, environment)
         if choice.record is not None and _suffices(choice.record, resolved) and (replay or not force):
             choice.record = _agree(choice, choice.record, resolved)
+            if before is not None and choice.record is not before:
+                state.touch()  # it runs by another plan here
             return choice.record, False
         if replay:
             counts.add("replay_misses")
@@ -449,6 +474,34 @@ def adopt(problem: Problem, policy: Policy, *, force: bool = False) -> tuple[Pla
             )
         state.touch()
         return choice.record, taken is None
+
+
+def make_ready(problem: Problem, policy: Policy) -> None:
+    """Have the plan of a problem that was adopted ready on the current device, for CUDA graphs that are captured next.
+
+    It is built, or restored where the store has its serialized form, unless planning has left it, and on a GPU it runs
+    once, on made-up tensors: what an engine does in a plan's first run (kernels are loaded or compiled, tensors of its
+    own made) it could not do while a graph is captured. Then it stays with the choice, and goes when that is forgotten.
+    Where it fails, the problem's next call sees to it.
+    """
+    device = -1
+    if problem.device == "cuda":
+        import torch
+
+        device = torch.cuda.current_device()
+    choice = known.choices.get(problem, policy.resolve(), _environment.current(problem.device))
+    with choice.lock:
+        record = choice.record
+        if record is None or choice.ready_on(device) is not None:  # None: the cache keeps nothing
+            return
+        try:
+            plan = choice.take_ready(record) or build(record)
+            if device >= 0:
+                run_once(plan)
+        except Exception as exc:  # whatever an engine raises: the next call knows the plans behind this one
+            log.info("left to its next call to make ready (%s: %s): %s", type(exc).__name__, first_line(exc), problem)
+            return
+        choice.keep_ready(record, plan, device)
 
 
 def _suffices(record: PlanRecord | None, policy: Policy) -> bool:

@@ -5,7 +5,7 @@
     │   └── PolicyError                 the policy is malformed, or names an engine nobody registered
     ├── NoPlan                          nothing survived              .problem .policy .rejections
     │   ├── ReplayMiss                  replay mode, and the store does not hold the problem
-    │   └── CaptureMiss                 met first while a CUDA graph is captured, when nothing may be planned
+    │   └── CaptureMiss                 met while a CUDA graph is captured, with no plan ready, when none may be made
     ├── TooLarge                        no memory to measure with     .problem .needed_bytes .free_bytes
     ├── PlanRejected                    one engine, one config        .engine .config .reason
     │   └── WrongResult                 its output differs from the reference
@@ -82,13 +82,13 @@ class ReplayMiss(NoPlan):
 
 
 class CaptureMiss(NoPlan):
-    """A problem was met first while a CUDA graph was being captured: building and measuring are not allowed then."""
+    """A problem was met while a CUDA graph was being captured, and no plan was ready: none may be built then."""
 
     def __init__(self, *, problem: str, policy: str, rejections: Sequence[tuple[str, str]] = ()) -> None:
         super().__init__(problem=problem, policy=policy, rejections=rejections)
         self.args = (
             f"no plan is ready for {problem} under {policy}, and none can be made while a CUDA graph is captured. Run "
-            "the same code before the capture (on a side stream, in the same threads), "
+            "the same code before the capture (on a side stream, in the same threads) or tune it (convplan.tune), "
             "or set capture_miss='stock' to capture stock torch's kernel",
         )
 

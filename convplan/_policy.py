@@ -30,8 +30,8 @@ class Policy(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
             that may crash; `instant` takes the first that the engines' own order proposes, untimed.
         mode: `auto`, or `replay`: never tune; a problem that the store lacks is handled as `replay_miss` says.
         replay_miss: `error` raises `ReplayMiss`; `instant` runs an untuned plan.
-        capture_miss: what happens to a problem that is met first while a CUDA graph is captured, when no plan can be
-            built: `stock` captures stock torch's kernel, with a warning; `error` raises `CaptureMiss`.
+        capture_miss: what happens to a problem that no plan is ready for while a CUDA graph is captured, when none can
+            be built: `stock` captures stock torch's kernel, with a warning; `error` raises `CaptureMiss`.
         engines: names of the engines that may be used, in order of preference. None: all that are registered for use.
         allow_notes: names of numerical notes to let through that are dropped otherwise, e.g. DOWN_CONVERT_INPUTS.
         tune_after: a problem is tuned when a layer sees it for this many times; until then it runs an untuned plan.

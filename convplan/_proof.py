@@ -1,7 +1,7 @@
 """The stage verify: first runs, each compared with the reference; what is hopelessly slow is not run on.
 
 The reference, the tolerance and the comparing are `_verify`'s, the race of those that pass is `_contest`'s. A plan from
-the store is proven here too, by itself: `verify_plan`.
+the store is proven here too, by itself: `verify_plan`; or only run, `run_once`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from convplan._candidates import Live, Stage, failure_reason, instant_order
 from convplan._errors import TooLarge, WrongResult
 from convplan._limits import gpu_bytes_per_us, gpu_plain_flops_per_us, measured_flops_per_us
 from convplan._measure import CUTOFF, Clock
-from convplan._memory import available_bytes
+from convplan._memory import available_bytes, cache_emptied
 from convplan._plan import Evidence, Plan
 from convplan._policy import Policy
 from convplan._problem import DTYPES, Problem
@@ -185,3 +185,18 @@ def verify_plan(plan: Plan, notes: object = None, *, tf32: bool = False) -> tupl
         if found.direct:
             verifier.check_exactly(plan.config, plan.unchecked_run)
     return error, verifier.scope
+
+
+def run_once(plan: Plan) -> None:
+    """Bind a built plan to the calling thread and the current GPU, and run it once on made-up tensors, to its end.
+
+    Raises whatever its engine does, and torch.OutOfMemoryError.
+    """
+    import torch
+
+    from convplan._inputs import random_inputs
+
+    device = torch.device(plan.problem.device)
+    with cache_emptied(device), torch.no_grad(), torch.autocast(device.type, enabled=False):
+        random_inputs(plan.problem, device).given_to(plan.bound_run())
+        torch.cuda.synchronize(device)

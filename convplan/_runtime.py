@@ -24,7 +24,7 @@ import msgspec
 from convplan import _environment
 from convplan._choices import Layer, known, state
 from convplan._counts import cache_limit, counts, warn_once
-from convplan._deciding import build, decide, is_settled, plan_now
+from convplan._deciding import build, decide, is_settled, plan_now, ready_choice
 from convplan._errors import CaptureMiss, ConvPlanError, ExecutionFailed, NoPlan
 from convplan._lru import LeastRecentlyUsed
 from convplan._measure import first_line
@@ -147,7 +147,8 @@ class Runner:
     """Runs one problem by its choice: `runner(first, second, bias, out)`, with what else its `Run` takes behind that.
 
     Belongs to one thread and one device. While its choice is provisional, each call counts as one more sighting of the
-    problem. While a CUDA graph is captured nothing is planned, built or counted.
+    problem. While a CUDA graph is captured nothing is planned, built or counted: one that is made then runs by the plan
+    that `tune` made ready.
 
     Args:
         problem, policy, layer: as for `decide`.
@@ -158,7 +159,7 @@ class Runner:
         settled: they do not count any more: nothing but a new token can change the choice.
 
     Raises:
-        NoPlan: as `decide`. CaptureMiss: a CUDA graph is being captured.
+        NoPlan: as `decide`. CaptureMiss: a CUDA graph is being captured, and no plan is ready.
     """
 
     def __init__(self, problem: Problem, policy: Policy, device: int = -1, layer: Layer | None = None) -> None:
@@ -168,16 +169,29 @@ class Runner:
         self._device = device
         with on_device(device):
             if in_graph_capture(device):
-                counts.add("capture_misses")
-                raise CaptureMiss(problem=str(problem), policy=str(policy))
-            self._choice, self._record = decide(problem, policy, layer)
-            self._take(self._record)
+                self._take_ready()
+            else:
+                self._choice, record = decide(problem, policy, layer)
+                self._take(record)
         self._fresh = True
 
-    def _take(self, record: PlanRecord) -> None:
+    def _take_ready(self) -> None:
+        """Run by what was made ready before the capture. It is not used up: each call of the capture asks for it."""
+        found = ready_choice(self._problem, self._policy, self._device)
+        if found is not None:
+            self._choice, ready = found
+            try:
+                self._take(ready.record, ready.plan)
+                return
+            except ConvPlanError as exc:  # something is left to be made for this thread
+                log.info("what is ready cannot be captured (%s): %s", exc, self._problem)
+        counts.add("capture_misses")
+        raise CaptureMiss(problem=str(self._problem), policy=str(self._policy))
+
+    def _take(self, record: PlanRecord, ready: Plan | None = None) -> None:
         self._record = record
         self.settled = self._choice.gave_up or is_settled(record, self._policy.resolve())
-        self._plan = self._build()
+        self._plan = ready or self._build()
         self._run: Run = ranged(self._plan.bound_run(), self._plan)
         log.debug("%s runs by %s (effort %s)", self._problem, self._plan.config, self._record.effort)
 

@@ -164,7 +164,8 @@ class Built(msgspec.Struct, frozen=True):
             would by itself: `convolution`, `convolution_backward`, or empty. Lets the dispatcher's side make one such
             call for several plans.
         bind: makes a `run` for the calling thread and the current device only, which need not look up either; None
-            where `run` is that already.
+            where `run` is that already. Where `run` was called on the device before, it may be called while a CUDA
+            graph is captured, and then raises a `ConvPlanError` where it lacks something that cannot be made there.
         exact_strides: its results have the very strides of `problem.output`, also in dimensions of size 1, where any
             would do.
         serialize: the plan as bytes that the engine's `restore` takes in another process; None where there is nothing

@@ -360,7 +360,7 @@ class _Plans:
             raise self.rejected(f"it cannot be serialized: {exc}") from exc
 
     def at(self, index: int) -> ExecutionPlan:
-        """The plan for a GPU, which must be the current device."""
+        """The plan for a GPU, which must be the current device; built at its first use there, but in no capture."""
         found = self.by_index.get(index)
         if found is not None:
             return found
@@ -369,6 +369,8 @@ class _Plans:
                 engine=CudnnEngine.name,
                 needs="the GPU that this plan was built for; plan anew for the one that is here",
             )
+        if torch.cuda.is_current_stream_capturing():
+            raise EngineUnavailable(engine=CudnnEngine.name, needs="a plan that ran on this GPU before the capture")
         return self.build(present(index))
 
     def rejected(self, reason: str) -> PlanRejected:

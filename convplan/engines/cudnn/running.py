@@ -245,11 +245,16 @@ def bound_run(form: Form, at: At, run: Run) -> Run:
     """The same for the calling thread and the current GPU: what the hot path calls.
 
     One allocation for the output, one for workspace if any, a look-up, a launch. Whatever is rare goes to `run`.
+
+    Raises:
+        EngineUnavailable: there is no GPU; or a CUDA graph is captured, and the plan has not run on this one before, or
+            nothing of cuDNN's in this thread.
     """
     if not torch.cuda.is_available():
         raise EngineUnavailable(engine="cudnn", needs="a GPU to run plans on (they can be built without)")
     index = torch.cuda.current_device()
     plan = at(index)
+    handle_of(plan.descriptor.library, index)  # made or refused now, and not in a run
     if any(form.copies) or _allocate is None:
         return run
     epilogue = form.epilogue

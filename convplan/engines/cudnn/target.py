@@ -6,6 +6,7 @@ import functools
 import threading
 from typing import TYPE_CHECKING
 
+from convplan._errors import EngineUnavailable
 from convplan.engines.cudnn.library import Library, load
 
 if TYPE_CHECKING:
@@ -54,7 +55,7 @@ class Target:
         """The calling thread's handle for the GPU (B22).
 
         Raises:
-            CudnnError: the device cannot be used.
+            CudnnError: the device cannot be used. EngineUnavailable: as `handle_of`.
         """
         assert self.index is not None, "convplan bug: a handle for a GPU that is not present"
         return handle_of(self.library, self.index)
@@ -82,10 +83,20 @@ _handles = _Handles()
 
 
 def handle_of(library: Library, index: int) -> Handle:
-    """The calling thread's handle for a GPU, made at its first use; the current device must be that GPU."""
+    """The calling thread's handle for a GPU, made at its first use; the current device must be that GPU.
+
+    Raises:
+        EngineUnavailable: it would have to be made while a CUDA graph is captured.
+    """
     found = _handles.by_index.get(index)
     if found is None:
+        import torch
+
         from convplan.engines.cudnn.descriptors import make_handle
+
+        if torch.cuda.is_current_stream_capturing():
+            needs = "a handle of this thread, made before the capture by running any of its plans in this thread"
+            raise EngineUnavailable(engine="cudnn", needs=needs)
 
         found = _handles.by_index[index] = make_handle(library)
     return found
