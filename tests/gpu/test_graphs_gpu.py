@@ -17,7 +17,7 @@ from helpers.fresh import fresh_process
 from torch import nn
 
 import convplan
-from convplan import CaptureMiss, ConvPlanWarning, Policy
+from convplan import CaptureMiss, ConvPlanWarning, Policy, _runtime
 
 Tensor = torch.Tensor
 INSTANT = Policy(effort="instant", capture_miss="error")
@@ -177,3 +177,123 @@ def test_reduced_overhead_trains() -> None:
     for mine, theirs in zip(net.parameters(), stock.parameters(), strict=True):
         near(mine.grad, theirs.grad)
     assert convplan.stats()["fell_back"] == 0
+
+
+# Directly after `tune`
+
+TUNED = Policy(budget_s=0.02, capture_miss="error")  # a warm-up of one call would leave it untuned
+
+
+@pytest.mark.parametrize("later", [False, True], ids=["measured", "stored"])
+def test_a_capture_directly_after_tune_takes_the_tuned_plans(later: bool, caplog: pytest.LogCaptureFixture) -> None:
+    net, x, graph = model(), images(), torch.cuda.CUDAGraph()
+    with torch.no_grad():
+        warmed_up(lambda: net(x))  # torch's own, of what runs its kernels
+        records = convplan.tune(net, x, policy=TUNED)
+        if later:  # as in a later process: what is stored is all that is left
+            _runtime.forget()
+            assert convplan.tune([one.problem for one in records], policy=TUNED) == records
+        before = convplan.stats()
+        caplog.set_level(logging.INFO, "convplan.runtime")
+        with convplan.enabled(TUNED), torch.cuda.graph(graph):
+            y = net(x)
+        changed = {name for name, value in convplan.stats().items() if value != before[name]}
+        assert changed <= {"misses", "hits"}
+        assert "keeps an untuned plan" not in caplog.text
+        for _ in range(2):
+            x.copy_(images())
+            graph.replay()
+            near(y, net(x))
+    assert convplan.stats()["capture_misses"] == 0
+
+
+def test_every_kind_of_epilogue_is_captured_directly_after_tune() -> None:
+    """Among what fuses are plans that read a bias of zeros, which is made before the capture."""
+    x, w, graph = images(), torch.randn(32, 16, 3, 3, device="cuda").half(), torch.cuda.CUDAGraph()
+    w = w.contiguous(memory_format=torch.channels_last)
+    bias = torch.randn(32, device="cuda").half()
+    residual = torch.randn(4, 32, 24, 24, device="cuda").half().contiguous(memory_format=torch.channels_last)
+    kinds: list[dict[str, Any]] = [
+        {"bias": bias},
+        {"activation": "relu"},
+        {"residual": residual, "activation": "relu"},
+        {"bias": bias, "residual": residual, "activation": "silu"},
+    ]
+
+    def run() -> list[Tensor]:
+        return [convplan.conv2d(x, w, padding=1, policy=TUNED, **kind) for kind in kinds]
+
+    with torch.no_grad():
+        convplan.tune(run, policy=TUNED)
+        before = convplan.stats()
+        with torch.cuda.graph(graph):
+            found = run()
+        after = convplan.stats()
+        x.copy_(images())
+        graph.replay()
+        for one, right in zip(found, run(), strict=True):
+            near(one, right)
+    names = ("planned", "restored", "compiled", "fell_back", "failed", "capture_misses")
+    assert {name: after[name] - before[name] for name in names} == dict.fromkeys(names, 0)
+
+
+def test_a_training_step_is_captured_directly_after_tune() -> None:
+    net, stock, x, graph = model(), model(), images(), torch.cuda.CUDAGraph()
+    incoming = torch.randn_like(stock(x))
+
+    def step() -> None:
+        for one in net.parameters():
+            one.grad = None
+        net(x).backward(incoming)
+
+    warmed_up(step)
+    with convplan.enabled(TUNED):
+        convplan.tune(step)  # runs it once by convplan, so that autograd's thread has what belongs to a thread
+        with torch.cuda.graph(graph):
+            step()
+    assert (convplan.stats()["capture_misses"], convplan.stats()["fell_back"]) == (0, 0)
+    x.copy_(images())
+    graph.replay()
+    stock(x).backward(incoming)
+    for mine, theirs in zip(net.parameters(), stock.parameters(), strict=True):
+        near(mine.grad, theirs.grad)
+
+
+@pytest.mark.parametrize("way", ["enabled", "kept"])
+def test_reduced_overhead_captures_what_was_tuned(way: str, caplog: pytest.LogCaptureFixture) -> None:
+    """The one call that it makes before its capture is the one that `tune` makes."""
+    net, x = model(), images()
+    with torch.no_grad():
+        right = [net(x), net(x + 1)]
+    with torch.no_grad(), convplan.enabled(TUNED):
+        more: dict[str, Any] = {"mode": "reduce-overhead"}
+        if way == "kept":
+            more = {"options": convplan.compile_options(TUNED, mode="reduce-overhead")}
+        run = torch.compile(net, fullgraph=True, **more)
+        assert len(convplan.tune(run, x)) == 3
+        before = convplan.stats()
+        caplog.set_level(logging.INFO, "convplan.runtime")
+        for step in range(4):
+            torch.compiler.cudagraph_mark_step_begin()
+            near(run(x + step % 2).clone(), right[step % 2])
+    changed = {name for name, value in convplan.stats().items() if value != before[name]}
+    assert changed <= {"misses", "hits"}
+    assert "keeps an untuned plan" not in caplog.text
+
+
+def test_reduced_overhead_trains_by_what_was_tuned() -> None:
+    stock, net, x = model(), model(), images()
+    run = torch.compile(net, fullgraph=True, options=convplan.compile_options(TUNED, mode="reduce-overhead"))
+
+    def step(model: Callable[[Tensor], Tensor]) -> None:
+        (0.01 * model(x).float().square().sum()).backward()
+
+    convplan.tune(lambda: step(run), policy=TUNED)
+    for _ in range(4):
+        torch.compiler.cudagraph_mark_step_begin()
+        net.zero_grad(), stock.zero_grad()
+        step(run), step(stock)
+    for mine, theirs in zip(net.parameters(), stock.parameters(), strict=True):
+        near(mine.grad, theirs.grad)
+    stats = convplan.stats()
+    assert (stats["fell_back"], stats["capture_misses"]) == (0, 0)
