@@ -8,7 +8,12 @@ from __future__ import annotations
 
 import copy
 import io
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -26,7 +31,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import convplan
 from convplan import Policy, PolicyError, SpecError
-from convplan.torch_ops import kept, library
+from convplan.torch_ops import kept, kept_calls, library
 from convplan.torch_ops.adapter import ConvArgs
 
 pytestmark = [
@@ -521,6 +526,122 @@ def test_inductors_own_code_reaches_convplan(way: str) -> None:
     with torch.no_grad(), convplan.enabled(MATMUL) if way == "enabled" else torch.no_grad():
         found, (code, *_) = run_and_get_code(run, x)
     close(found, right)
-    calls = "extern_kernels.convolution(" if way == "enabled" else "torch.ops.convplan.convolution.kept("
+    calls = "extern_kernels.convolution(" if way == "enabled" else "convplan_kept.convolution("
     assert code.count(calls) == 2
     assert convplan.stats()["misses"] == 2
+
+
+def plain_net() -> nn.Module:
+    torch.manual_seed(1)
+    return nn.Sequential(nn.Conv2d(4, 8, 3, bias=False), nn.ConvTranspose2d(8, 6, 3, stride=2, bias=False))
+
+
+DIRECT = {"convolution": 2, "input_gradient": 2, "weight_gradient": 2}
+
+
+def counted(codes: list[str], form: str) -> dict[str, int]:
+    """How often generated code calls each operator in one form, such as `torch.ops.convplan.{}.kept(`."""
+    return {name: sum(code.count(form.format(name)) for code in codes) for name in DIRECT}
+
+
+@pytest.mark.usefixtures("_no_cache")
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+def test_generated_code_calls_kernels_without_the_dispatcher(dynamic: bool) -> None:
+    from torch._inductor.utils import run_and_get_code
+
+    net = plain_net()
+    reference = copy.deepcopy(net)
+    options = {**convplan.compile_options(MATMUL, channels_last=False), "fx_graph_cache": False}
+    run = torch.compile(net, fullgraph=True, dynamic=dynamic, options=options)
+
+    def step(run: Any, x: Tensor) -> list[Tensor]:
+        y = run(x)
+        y.backward(torch.linspace(-1, 1, y.numel()).reshape(y.shape))
+        return [y.detach(), x.grad]
+
+    codes = []
+    for size in (7, 9):
+        x = numbers(2, 4, size, size + 1, grad=True)
+        other = x.detach().clone().requires_grad_()
+        found, more = run_and_get_code(step, run, x)
+        codes += more if size == 7 or not dynamic else []
+        for one, two in zip(found, step(reference, other), strict=True):
+            close(one, two)
+    for one, two in zip(net.parameters(), reference.parameters(), strict=True):
+        close(one.grad, two.grad)  # type: ignore[arg-type]
+    times = 1 if dynamic else 2
+    assert counted(codes, "convplan_kept.{}(") == {name: times * count for name, count in DIRECT.items()}
+    assert not any(counted(codes, "torch.ops.convplan.{}.kept(").values())
+    assert convplan.stats()["failed"] == 0
+
+
+@pytest.fixture
+def _no_table(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A version of Inductor that has no table of operators whose calls are written in their own way."""
+    from torch._inductor.codegen.custom_extern_kernel_codegen import CUSTOM_EXTERN_KERNEL_CODEGEN
+
+    for name in DIRECT:
+        monkeypatch.delitem(CUSTOM_EXTERN_KERNEL_CODEGEN, f"torch.ops.convplan.{name}.kept", raising=False)
+    monkeypatch.setitem(sys.modules, "torch._inductor.codegen.custom_extern_kernel_codegen", None)
+    kept_calls.call_kernels.cache_clear()
+    yield
+    kept_calls.call_kernels.cache_clear()
+
+
+@pytest.mark.usefixtures("_no_cache", "_no_table")
+def test_without_a_place_to_say_so_operators_are_called(caplog: pytest.LogCaptureFixture) -> None:
+    from torch._inductor.utils import run_and_get_code
+
+    net, x = plain_net(), numbers(2, 4, 7, 8)
+    options = {**convplan.compile_options(MATMUL, channels_last=False), "fx_graph_cache": False}
+    with torch.no_grad(), caplog.at_level("DEBUG", "convplan.compile"):
+        found, codes = run_and_get_code(torch.compile(net, fullgraph=True, options=options), x)
+        close(found, net(x))
+    assert counted(codes, "torch.ops.convplan.{}.kept(")["convolution"] == 2
+    assert "calls operators by the dispatcher" in caplog.text
+
+
+def test_where_inductor_writes_cpp_the_line_is_its_own() -> None:
+    from torch._inductor.codegen.custom_extern_kernel_codegen import CUSTOM_EXTERN_KERNEL_CODEGEN
+    from torch._inductor.codegen.wrapper import ExternKernelAllocLine
+    from torch._inductor.virtualized import V
+
+    assert kept_calls.call_kernels()
+    write = CUSTOM_EXTERN_KERNEL_CODEGEN["torch.ops.convplan.convolution.kept"].python
+    for cpp in (False, True):
+        lines: list[Any] = []
+        with V.set_graph_handler(SimpleNamespace(cpp_wrapper=cpp, wrapper_code=None)):
+            write(None, lines.append)
+        assert (type(lines[0]) is ExternKernelAllocLine) is cpp
+
+
+FROM_CACHE = """
+import torch
+from torch import nn
+from torch._dynamo.utils import counters
+import convplan
+from convplan.torch_ops.kept_calls import call_kernels
+
+torch.manual_seed(0)
+net, x = nn.Conv2d(4, 8, 3, bias=False), torch.randn(2, 4, 7, 8)
+policy = convplan.Policy(effort="instant", engines=("aten",))
+run = torch.compile(net, fullgraph=True, options=convplan.compile_options(policy, channels_last=False))
+with torch.no_grad():
+    torch.testing.assert_close(run(x), net(x), rtol=1e-4, atol=1e-4)
+stats = convplan.stats()
+print(counters["inductor"]["fxgraph_cache_hit"], call_kernels.cache_info().currsize, stats["misses"], stats["failed"])
+"""
+
+
+def test_code_from_inductors_cache_finds_the_kernels_by_itself(tmp_path: Path) -> None:
+    """A process that compiles nothing has told Inductor nothing."""
+    environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "inductor")}
+    said = [
+        subprocess.run(
+            [sys.executable, "-W", "ignore", "-c", FROM_CACHE], env=environment, capture_output=True, text=True
+        )
+        for _ in range(2)
+    ]
+    assert [one.stdout.split() for one in said] == [["0", "1", "1", "0"], ["1", "0", "1", "0"]], said[-1].stderr
+    codes = [path.read_text() for path in (tmp_path / "inductor").rglob("*.py")]
+    assert counted(codes, "convplan_kept.{}(")["convolution"] == 1

@@ -141,7 +141,7 @@ def _kernel(
     return result
 
 
-def _kept_kernel(
+def kept_fused_convolution(
     x: Tensor, w: Tensor, bias: Tensor | None, residual: Tensor | None, scale: Tensor | None, call: str
 ) -> Tensor:
     """The kernel of `convplan::fused_convolution.kept`: the same with a shorter key."""
@@ -223,7 +223,7 @@ def _register() -> torch.library.Library:
         library.define(schema, tags=TAGS)
     for name, kernel, fake in (
         ("fused_convolution", _kernel, _fake),
-        ("fused_convolution.kept", _kept_kernel, _fake_kept),
+        ("fused_convolution.kept", kept_fused_convolution, _fake_kept),
     ):
         for device in ("CPU", "CUDA"):
             library.impl(name, undisturbed(kernel), device)

@@ -6,7 +6,8 @@ by convplan's operators (`library`), which Inductor takes as they are. It runs a
 forward and a backward one, on each.
 
 Convolutions that convplan does not plan for stay torch's, and calls of convplan's functions take their short form
-(`kept_own`). What is replaced decides nothing: plans are found when the operators run.
+(`kept_own`). What is replaced decides nothing: plans are found when the operators run. Of these, generated code calls
+the kernels (`kept_calls`).
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ from convplan.torch_ops.adapter import (
     suggests_channels_last,
     transposed_padding,
 )
+from convplan.torch_ops.kept_calls import call_kernels
 from convplan.torch_ops.kept_own import OWN, shorten
 from convplan.torch_ops.library import policy_text
 
@@ -92,7 +94,7 @@ def compile_options(
 
 
 # Modules that decide what a compiled graph looks like, or what strides come out.
-_SHAPING = ("kept", "kept_own", "kept_fused", "library", "fused_library", "adapter")
+_SHAPING = ("kept", "kept_own", "kept_fused", "kept_calls", "library", "fused_library", "adapter")
 
 # Told whether a graph is for inference, where torch has such passes; they came after 2.11.
 _Pass: Any = getattr(custom_graph_pass, "CustomInferenceAwareGraphPass", custom_graph_pass.CustomGraphPass)
@@ -126,6 +128,7 @@ class KeepConvolutions(_Pass):  # type: ignore[misc]
 
     def __call__(self, graph: Graph, is_inference: bool | None = None) -> None:
         """Replace the convolutions of one graph."""
+        call_kernels()
         policy, wanted, fuse = self._settings
         layouts = _Layouts(graph, wanted, is_inference)
         kept, left, own = 0, 0, 0

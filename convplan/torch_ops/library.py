@@ -270,17 +270,17 @@ def _found(
     return caller
 
 
-def _kept_convolution(x: Tensor, w: Tensor, bias: Tensor | None, call: str) -> Tensor:
+def kept_convolution(x: Tensor, w: Tensor, bias: Tensor | None, call: str) -> Tensor:
     """The kernel of `convplan::convolution.kept`."""
     return _found_kept("convolution", x, w, bias, (), call)(x, w, bias)
 
 
-def _kept_input_gradient(dy: Tensor, w: Tensor, size: Ints, call: str) -> Tensor:
+def kept_input_gradient(dy: Tensor, w: Tensor, size: Ints, call: str) -> Tensor:
     """The kernel of `convplan::input_gradient.kept`."""
     return _found_kept("input_gradient", dy, w, None, tuple(size), call)(dy, w, None)
 
 
-def _kept_weight_gradient(dy: Tensor, x: Tensor, size: Ints, call: str) -> Tensor:
+def kept_weight_gradient(dy: Tensor, x: Tensor, size: Ints, call: str) -> Tensor:
     """The kernel of `convplan::weight_gradient.kept`."""
     return _found_kept("weight_gradient", dy, x, None, tuple(size), call)(dy, x, None)
 
@@ -478,9 +478,9 @@ def _register() -> torch.library.Library:
         ("convolution", _convolution, _fake_convolution),
         ("input_gradient", _input_gradient, _fake_gradient),
         ("weight_gradient", _weight_gradient, _fake_gradient),
-        ("convolution.kept", _kept_convolution, _fake_kept_convolution),
-        ("input_gradient.kept", _kept_input_gradient, _fake_kept_gradient),
-        ("weight_gradient.kept", _kept_weight_gradient, _fake_kept_gradient),
+        ("convolution.kept", kept_convolution, _fake_kept_convolution),
+        ("input_gradient.kept", kept_input_gradient, _fake_kept_gradient),
+        ("weight_gradient.kept", kept_weight_gradient, _fake_kept_gradient),
     ):
         for device in ("CPU", "CUDA"):
             library.impl(name, undisturbed(kernel), device)
