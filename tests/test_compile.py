@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import io
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -173,6 +174,15 @@ def test_policies_come_back_from_their_texts() -> None:
     for policy in (Policy(), FAST, MATMUL, Policy(deterministic=True, workspace_limit_bytes=2**20, budget_s=0.25)):
         assert library.policy_of(library.policy_text(policy)) == policy
     assert library.policy_of(library.policy_text(None)) is None
+    assert library.policy_of('{"effort":"instant"}') == FAST
+
+
+def test_texts_can_stand_between_quotation_marks_in_any_language() -> None:
+    call = library.call_of(as_text(PLAIN, last=True))
+    for text in (library.policy_text(MATMUL), call.text):
+        assert not {'"', "'", "\\", "\n"} & {*text}
+    assert library.call_of(call.text) == call
+    assert (call.policy, call.groups, call.channels_last) == ('{"effort":"instant"}', 2, True)
 
 
 # --- the functions, traced
@@ -599,6 +609,20 @@ def test_without_a_place_to_say_so_operators_are_called(caplog: pytest.LogCaptur
         close(found, net(x))
     assert counted(codes, "torch.ops.convplan.{}.kept(")["convolution"] == 2
     assert "calls operators by the dispatcher" in caplog.text
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
+@pytest.mark.usefixtures("_no_cache")
+def test_inductors_cpp_calls_the_operators() -> None:
+    from torch._inductor.utils import run_and_get_code
+
+    net, x = plain_net(), numbers(2, 4, 7, 8)
+    options = {**convplan.compile_options(MATMUL, channels_last=False), "fx_graph_cache": False, "cpp_wrapper": True}
+    with torch.no_grad():
+        found, codes = run_and_get_code(torch.compile(net, fullgraph=True, options=options), x)
+        close(found, net(x))
+    assert sum(code.count('("convplan::convolution", "kept")') for code in codes) == 2
+    assert "convplan_kept" not in "".join(codes)
 
 
 def test_where_inductor_writes_cpp_the_line_is_its_own() -> None:

@@ -6,8 +6,8 @@
 
 All three end in the same arguments: stride, padding (before and after for each spatial dimension, one after the other),
 dilation, transposed, output_padding, groups, policy. `size` and `channels_last` say what the result looks like.
-`policy` is a policy as JSON, or empty for the one that holds while the operator runs. Each is linear in both tensors,
-and its gradients are the other two.
+`policy` is a policy as JSON (`written`), or empty for the one that holds while the operator runs. Each is linear in
+both tensors, and its gradients are the other two.
 
 Each has an overload `kept`, which takes those arguments as one text (`Call`) and has no gradient: it stands in compiled
 models, where autograd has done its work. Handing eight arguments through the dispatcher costs as much as all that
@@ -23,6 +23,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
+from urllib.parse import quote, unquote
 
 import msgspec
 import torch
@@ -103,7 +104,7 @@ class Call(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_default
     @property
     def text(self) -> str:
         """What the overloads take."""
-        return msgspec.json.encode(self).decode()
+        return written(msgspec.json.encode(self))
 
     @property
     def geometry(self) -> Geometry:
@@ -114,6 +115,14 @@ class Call(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_default
 
 
 AnyCall = TypeVar("AnyCall", bound=Call)
+
+
+def written(json: bytes) -> str:
+    """JSON as operators are given it: its quotation marks and backslashes as in web addresses; plain JSON is read too.
+
+    Where Inductor writes C++, it puts a text between quotation marks as it stands.
+    """
+    return quote(json, safe="{}[]:,")
 
 
 @functools.lru_cache(maxsize=4096)
@@ -129,7 +138,7 @@ def call_of(text: str) -> Call:
 def decoded(text: str, kind: type[AnyCall]) -> AnyCall:
     """The arguments of one kind of operator in a text. Raises as `call_of`."""
     try:
-        return msgspec.json.decode(text, type=kind)
+        return msgspec.json.decode(unquote(text), type=kind)
     except msgspec.MsgspecError as exc:
         raise SpecError(f"call is {text[:200]!r}, expected an operator's arguments as JSON: {exc}") from exc
 
@@ -143,7 +152,7 @@ def policy_text(policy: Policy | None) -> str:
     if policy is None:
         return ""
     fields = msgspec.structs.asdict(check_policy(policy))
-    return msgspec.json.encode({k: v for k, v in fields.items() if v != getattr(_DEFAULTS, k)}).decode()
+    return written(msgspec.json.encode({k: v for k, v in fields.items() if v != getattr(_DEFAULTS, k)}))
 
 
 @functools.lru_cache(maxsize=256)
@@ -156,7 +165,7 @@ def policy_of(text: str) -> Policy | None:
     if not text:
         return None
     try:
-        return msgspec.json.decode(text, type=Policy)
+        return msgspec.json.decode(unquote(text), type=Policy)
     except msgspec.MsgspecError as exc:
         raise PolicyError(f"policy is {text[:200]!r}, expected a policy as JSON, or an empty text: {exc}") from exc
 
