@@ -90,9 +90,19 @@ def find_plans(
         PolicyError: the policy names an engine that is not registered.
         TooLarge: there is no memory to measure it with.
     """
+    import torch
+
+    # A default device, as users and Inductor set one, is a mode of torch's that everything would be asked through.
+    with torch._C.DisableTorchFunction():
+        rules = _Rules(policy, environment, effort or policy.effort, learned, one_of_many)
+        return _find(problem, rules, clock, unfused)
+
+
+def _find(problem: Problem, rules: _Rules, clock: Clock, unfused: PlanRecord | None) -> Planned:
+    """Find a ranking by the rules; the rest as of `find_plans`."""
+    policy = rules.policy
     begin = clock()
     stages = _Stages(clock)
-    rules = _Rules(policy, environment, effort or policy.effort, learned, one_of_many)
     if unfused is None and not problem.epilogue.is_plain:
         with stages("unfused"):
             unfused = _plan_core(problem, rules, clock)
@@ -103,7 +113,7 @@ def find_plans(
     record = PlanRecord(
         problem=problem,
         policy=policy,
-        environment=environment,
+        environment=rules.environment,
         effort=outcome.effort,
         ranking=tuple(outcome.ranking),
         rejected=tuple(outcome.rejected),

@@ -625,6 +625,39 @@ def test_inductors_cpp_calls_the_operators() -> None:
     assert (convplan.stats()["misses"], convplan.stats()["failed"]) == (2, 0)
 
 
+@pytest.mark.parametrize("name", ["convolution", "input_gradient", "weight_gradient", "fused_convolution"])
+def test_a_kernel_that_is_called_by_itself_is_an_operator_to_modes(name: str) -> None:
+    x, w = torch.randn(2, 4, 9, 9), torch.randn(6, 4, 3, 3)
+    y = F.conv2d(x, w)
+    args = kept.conv_args(
+        stride=(1, 1), padding=(0, 0), dilation=(1, 1), transposed=False, output_padding=(0, 0), groups=1, spatial=2
+    )
+    text = library.Call.of(args, "").text
+    given: dict[str, tuple[tuple[Any, ...], Tensor]] = {
+        "convolution": ((x, w, None, text), y),
+        "fused_convolution": ((x, w, None, None, None, text), y),
+        "input_gradient": ((y, w, [*x.shape], text), torch.nn.grad.conv2d_input(x.shape, w, y)),
+        "weight_gradient": ((y, x, [*w.shape], text), torch.nn.grad.conv2d_weight(x, w.shape, y)),
+    }
+    arguments, right = given[name]
+    called: list[str] = []
+
+    class Listening(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            called.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    with Listening():
+        result = getattr(kept_calls, name)(*arguments)
+    close(result, right)
+    assert called == [f"convplan.{name}.kept"]
+    with torch.device("meta"):  # a mode of the other kind
+        found = [getattr(kept_calls, name)(*arguments) for _ in range(2)]
+    for one in found:
+        close(one, right)
+    assert convplan.stats()["fell_back"] == 0
+
+
 def test_where_inductor_writes_cpp_the_line_is_its_own() -> None:
     from torch._inductor.codegen.custom_extern_kernel_codegen import CUSTOM_EXTERN_KERNEL_CODEGEN
     from torch._inductor.codegen.wrapper import ExternKernelAllocLine

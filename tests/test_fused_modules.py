@@ -92,6 +92,17 @@ def test_the_third_call_needs_no_key_and_counts_as_a_hit(adds: bool, ends: bool,
     assert len(inside._seen) == 1
 
 
+def test_an_input_that_is_the_residual_too_is_known_again(asked: list[str]) -> None:
+    model, fast, inside = made()
+    x, other = inputs()
+    for given in (x, x, x, other, other, other, x, x):
+        check(model, fast, x, given)
+    assert len(asked) == 3  # the other kind finds at once what the first has kept
+    assert len(inside._seen) == 2
+    with torch.no_grad():
+        torch.testing.assert_close(fast(x, x.clone()), fast(x, x))
+
+
 def moved(tensor: Tensor) -> Tensor:
     """The same numbers at an address that 8 divides and 16 does not."""
     memory = torch.empty(tensor.numel() + 16)

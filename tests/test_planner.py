@@ -256,6 +256,26 @@ def test_no_plan_names_the_problem_the_policy_and_every_rejection(engine: Script
         assert text in str(error)
 
 
+@pytest.mark.parametrize(
+    "problem",
+    [
+        Problem.dense("wgrad", (8, 32, 48, 48), (64, 32, 3, 3), padding=1),
+        Problem.dense(
+            "fprop", (8, 32, 48, 48), (64, 32, 3, 3), padding=1, epilogue=Epilogue(bias=True, activation="silu")
+        ),
+    ],
+    ids=["wgrad", "fused"],
+)
+def test_a_default_device_is_nothing_to_planning(problem: Problem) -> None:
+    policy = Policy(engines=("aten", "matmul"), budget_s=0.05)
+    with torch.device("meta"):  # as torch.set_default_device does
+        record = convplan.plan(problem, policy)
+        assert convplan.tune(problem, policy=policy)[0].effort == "measure"
+    assert record.ranking[0].verified == "sample"
+    expected = ("cut off", "it fuses nothing with a convolution")
+    assert {one.reason for one in record.rejected if not one.reason.startswith(expected)} == set()
+
+
 def test_everything_may_fail_while_timed(engine: Script, planned: Planned) -> None:
     engine(take(fails="late", good_runs=2), take(fails="late", good_runs=4))
     with pytest.raises(NoPlan, match="failed while timed"):

@@ -281,12 +281,12 @@ def _native(problem: Problem, via: Via) -> Core:
     if problem.op == "wgrad":
         like = problem.w
         return lambda x, y, bias: backward(
-            y, x, torch.empty(like.dims, dtype=x.dtype), taps, stride, padding, [False, True, False]
+            y, x, torch.empty(like.dims, dtype=x.dtype, device=x.device), taps, stride, padding, [False, True, False]
         )[1]
     dims = problem.x.dims
 
     def run_backward(y: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        x = torch.empty(dims, dtype=y.dtype)  # only its sizes are read
+        x = torch.empty(dims, dtype=y.dtype, device=y.device)  # only its sizes are read
         result: torch.Tensor = backward(y, x, w, taps, stride, padding, [True, False, False])[0]
         return result
 

@@ -43,7 +43,7 @@ Ints = tuple[int, ...]
 log = logging.getLogger("convplan.kernels")
 
 _KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-MOST_TAPS = 64  # of a window: the compiler writes out all of them
+MOST_TAPS = 32  # of a window: the compiler writes out all of them
 MANY = 2**20  # elements: of fewer, one operation takes torch no longer than a launch does
 # Their derivative is the same seen from the output, however that was rounded.
 _FROM_OUTPUT = ("relu", "leaky_relu", "hardtanh")
@@ -167,7 +167,7 @@ def max_pool(
 
     Returns:
         The result, channels-last as x; None where it was left to the caller: small, on the CPU, of another layout or
-        dtype, of windows of more than 64 numbers, or of sizes that have no meaning.
+        dtype, of windows of more than 32 numbers, or of sizes that have no meaning.
     """
     if x.numel() < MANY or _moved_by_torch(x) or math.prod(kernel) > MOST_TAPS:
         return None

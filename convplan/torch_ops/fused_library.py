@@ -42,6 +42,7 @@ from convplan.torch_ops.library import (
     new_convolution,
     policy_of,
     result_dims,
+    watched,
     without_autocast,
 )
 from convplan.torch_ops.linear import bias_gradient
@@ -145,6 +146,8 @@ def kept_fused_convolution(
     x: Tensor, w: Tensor, bias: Tensor | None, residual: Tensor | None, scale: Tensor | None, call: str
 ) -> Tensor:
     """The kernel of `convplan::fused_convolution.kept`: the same with a shorter key."""
+    if watched():
+        return _ops.fused_convolution.kept(x, w, bias, residual, scale, call)  # type: ignore[no-any-return]
     bias, scale = dense(bias), aligned(scale)
     token, device = state.token, x.get_device()
     key = (

@@ -142,8 +142,9 @@ class FusedCall(nn.Module):
             name, parameters = self.activation
             self._fused["activation"] = (name, *parameters) if parameters else name
         self._fits: dict[tuple[Any, ...], bool] = {}
-        # By thread, input shape and whether it was inference mode, in which tensors are others.
-        self._seen: dict[tuple[int, torch.Size, bool], _Known] = {}
+        # By thread, input shape, whether it was inference mode, in which tensors are others, and whether the input is
+        # the residual as well, since torch's guards take every tensor once.
+        self._seen: dict[tuple[int, torch.Size, bool, bool], _Known] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         """Without what is worked out from the rest."""
@@ -169,12 +170,13 @@ class FusedCall(nn.Module):
                 x.data_ptr() & 31, weight.data_ptr() & 31, 0 if bias is None else bias.data_ptr() & 31,
                 0 if residual is None else residual.data_ptr() & 31,
             )  # fmt: skip
-            known = self._seen.get((id(home), x.shape, _is_inference()))
+            twice = residual is x
+            known = self._seen.get((id(home), x.shape, _is_inference(), twice))
         except (AttributeError, RuntimeError):  # no tensors, or without memory of their own
             return self._called(x, weight, bias, residual)
         if (
             known is not None
-            and known.alike.is_like(lows, (x, weight) if residual is None else (x, weight, residual), bias)
+            and known.alike.is_like(lows, (x, weight) if twice or residual is None else (x, weight, residual), bias)
             and known.home() is home
             and not home.crowded
         ):
@@ -217,9 +219,10 @@ class FusedCall(nn.Module):
         if kept:
             if len(self._seen) >= MOST_SHAPES:
                 self._seen.clear()
-            inputs = (x, weight) if residual is None else (x, weight, residual)
+            inputs = (x, weight) if residual is None or residual is x else (x, weight, residual)
             alike = Alike(state.token, inputs, bias, lows, live_flags(x.get_device(), x.dtype))
-            self._seen[id(home), x.shape, _is_inference()] = _Known(weakref.ref(home), alike, bare_of(caller), whole)
+            known = _Known(weakref.ref(home), alike, bare_of(caller), whole)
+            self._seen[id(home), x.shape, _is_inference(), residual is x] = known
         return caller(x, weight, bias, None, residual, None) if whole else caller(x, weight, bias, None)
 
     def _keeps_dtype(self, x: Tensor) -> bool:

@@ -58,6 +58,8 @@ Geometry = tuple[Ints, Ints, Ints, bool, Ints, int, str]
 """The arguments that all three operators end in."""
 
 _DEFAULTS = Policy()
+_function_modes: Callable[[], int] = torch._C._len_torch_function_stack
+_dispatch_modes: Callable[[], int] = torch._C._len_torch_dispatch_stack
 _any_autocast = torch._C._is_any_autocast_enabled
 
 ENDING = (
@@ -279,18 +281,33 @@ def _found(
     return caller
 
 
+def watched() -> bool:
+    """Whether a mode of torch's wants to hear of operators: a default device is one.
+
+    What comes by the dispatcher has been past it. Compiled code that calls a kernel by itself has not, and then goes by
+    the operator, so that the mode hears of that and of nothing inside.
+    """
+    return _function_modes() > 0 or _dispatch_modes() > 0
+
+
 def kept_convolution(x: Tensor, w: Tensor, bias: Tensor | None, call: str) -> Tensor:
     """The kernel of `convplan::convolution.kept`."""
+    if watched():
+        return _ops.convolution.kept(x, w, bias, call)  # type: ignore[no-any-return]
     return _found_kept("convolution", x, w, bias, (), call)(x, w, bias)
 
 
 def kept_input_gradient(dy: Tensor, w: Tensor, size: Ints, call: str) -> Tensor:
     """The kernel of `convplan::input_gradient.kept`."""
+    if watched():
+        return _ops.input_gradient.kept(dy, w, size, call)  # type: ignore[no-any-return]
     return _found_kept("input_gradient", dy, w, None, tuple(size), call)(dy, w, None)
 
 
 def kept_weight_gradient(dy: Tensor, x: Tensor, size: Ints, call: str) -> Tensor:
     """The kernel of `convplan::weight_gradient.kept`."""
+    if watched():
+        return _ops.weight_gradient.kept(dy, x, size, call)  # type: ignore[no-any-return]
     return _found_kept("weight_gradient", dy, x, None, tuple(size), call)(dy, x, None)
 
 

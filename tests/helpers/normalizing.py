@@ -281,10 +281,14 @@ def following(follow: Callable[..., bool], device: str = "cpu", exact: bool = Tr
     return found
 
 
-def moving(device: str = "cpu") -> list[str]:
+def moving(device: str = "cpu", every: int = 1) -> list[str]:
     """The concatenations and max pools that are not torch's, to the bit; there should be none.
 
     On the CPU the kernels are called by themselves, as its tensors are torch's otherwise.
+
+    Args:
+        device: where tensors are.
+        every: so many kinds of windows are passed over; a compiler takes its time for each.
     """
     from convplan.kernels import launches
 
@@ -309,6 +313,8 @@ def moving(device: str = "cpu") -> list[str]:
     kinds = itertools.product([(6, 9), (11, 5, 7)], [2, 3, 5], [1, 2, 3], [0, 1], [1, 2], [False, True])
     for number, (size, kernel, stride, padding, dilation, ceil_mode) in enumerate(kinds):
         if padding > kernel // 2 or dilation * (kernel - 1) >= min(size) + 2 * padding:
+            continue
+        if number % every or (every > 1 and kernel ** len(size) > kernels.MOST_TAPS):
             continue
         x = laid(2, 12 if number % 2 else 72, *size, dtype=DTYPES[number % 3])
         pool = F.max_pool2d if len(size) == 2 else F.max_pool3d
