@@ -206,7 +206,7 @@ def _moved_by_torch(x: Tensor) -> bool:
     """
     if not x.is_cuda or _gave_up or x.dtype not in _KERNEL_DTYPES or x.dim() not in (4, 5):
         return True
-    return x.shape[1] < 2 or x.stride()[1] != 1 or not _is_matrix(x)
+    return x.shape[1] < 2 or math.prod(x.shape[2:]) < 2 or x.stride()[1] != 1 or not _is_matrix(x)
 
 
 def _tried(name: str, *arguments: Any) -> Any:
