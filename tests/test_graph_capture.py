@@ -18,6 +18,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers.fresh import fresh_process
+from helpers.scripted import SECOND_BEST, TUNED, UNTUNED, ran, registered, rules, take, tensors
 
 import convplan
 from convplan import (
@@ -38,7 +39,7 @@ from convplan._choices import known
 from convplan._planner import find_plans
 from convplan.engines.cudnn import engine as cudnn_engine
 from convplan.engines.cudnn.target import handle_of
-from convplan.engines.fake import FakeCandidate, FakeEngine, VirtualClock, convolve_by_taps
+from convplan.engines.fake import FakeEngine, VirtualClock, convolve_by_taps
 from convplan.torch_ops import fused
 
 Tensor = torch.Tensor
@@ -54,37 +55,12 @@ def _fresh() -> Iterator[None]:
         yield
 
 
-def take(time_us: float = 50.0, **changes: Any) -> FakeCandidate:
-    return FakeCandidate(time_us=time_us, **changes)
-
-
 @pytest.fixture
 def mine(monkeypatch: pytest.MonkeyPatch) -> FakeEngine:
     """Registered as `mine`. Untuned, its first candidate runs; tuned, the second, which is faster."""
     clock = VirtualClock()
     monkeypatch.setattr(_deciding, "find_plans", functools.partial(find_plans, clock=clock))
-    engine = FakeEngine([take(90), take(50), take(70)], name="mine", clock=clock)
-    convplan.register_engine(engine)
-    return engine
-
-
-UNTUNED, TUNED, SECOND_BEST = 0, 1, 2
-
-
-def rules(**changes: Any) -> Policy:
-    return Policy(**{"engines": ("mine",), "deterministic": False, "allow_tf32": False, **changes})
-
-
-def tensors(size: int = 6) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(size)
-    return torch.randn(2, 3, size, size, generator=generator), torch.randn(4, 3, 3, 3, generator=generator)
-
-
-def ran(engine: FakeEngine, call: Callable[[], object]) -> list[int]:
-    """Which candidates a call ran, each as often as it ran."""
-    before = list(engine.runs)
-    call()
-    return [index for index, (old, new) in enumerate(zip(before, engine.runs, strict=True)) for _ in range(new - old)]
+    return registered(clock)
 
 
 def in_thread(work: Callable[[], Any]) -> Any:

@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from helpers.fresh import fresh_process
 from helpers.plans import run_python
+from helpers.scripted import SECOND_BEST, TUNED, UNTUNED, ran, registered, rules, take, tensors
 
 import convplan
 from convplan import (
@@ -43,7 +44,7 @@ from convplan._counts import DEFAULT_CACHE_LIMIT, cache_limit
 from convplan._lru import LeastRecentlyUsed
 from convplan._planner import find_plans
 from convplan.engines import registry
-from convplan.engines.fake import FakeCandidate, FakeEngine, VirtualClock
+from convplan.engines.fake import FakeEngine, VirtualClock
 from convplan.torch_ops.statistics import convolution_with_statistics
 
 NAMES = "hits misses planned tuned from_store from_relative from_rank replay_misses restored compiled fell_back failed"
@@ -65,35 +66,10 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> VirtualClock:
     return virtual
 
 
-def take(time_us: float = 50.0, **changes: Any) -> FakeCandidate:
-    return FakeCandidate(time_us=time_us, **changes)
-
-
 @pytest.fixture
 def mine(clock: VirtualClock) -> FakeEngine:
     """Registered as `mine`. Untuned, its first candidate runs; tuned, the second, which is faster."""
-    engine = FakeEngine([take(90), take(50), take(70)], name="mine", clock=clock)
-    convplan.register_engine(engine)
-    return engine
-
-
-UNTUNED, TUNED, SECOND_BEST = 0, 1, 2
-
-
-def rules(**changes: Any) -> Policy:
-    return Policy(**{"engines": ("mine",), "deterministic": False, "allow_tf32": False, **changes})
-
-
-def tensors(size: int = 6) -> tuple[torch.Tensor, torch.Tensor]:
-    generator = torch.Generator().manual_seed(size)
-    return torch.randn(2, 3, size, size, generator=generator), torch.randn(4, 3, 3, 3, generator=generator)
-
-
-def ran(engine: FakeEngine, call: Callable[[], object]) -> list[int]:
-    """Which candidates a call ran, each as often as it ran."""
-    before = list(engine.runs)
-    call()
-    return [index for index, (old, new) in enumerate(zip(before, engine.runs, strict=True)) for _ in range(new - old)]
+    return registered(clock)
 
 
 def counted(call: Callable[[], object]) -> dict[str, int]:
