@@ -57,7 +57,7 @@ def compiled(name: str, dtype: str) -> dict[str, int]:
         if signature[argument].startswith("*"):
             hints[(place,)] = [["tt.divisibility", 16]]
     made = compile(ASTSource(kernel, signature, constants, hints), target=H200, options={"num_warps": 8})
-    found = {"shared_bytes": made.metadata.shared}
+    found = {"shared_bytes": made.metadata.shared, "max of nan": len(re.findall(r"\bmax\.NaN\b", made.asm["ptx"]))}
     for what in ("ld", "st"):
         found[f"{what} wide"] = len(re.findall(rf"\b{what}\.global\S*\.v4\.b32", made.asm["ptx"]))
         found[f"{what} all"] = len(re.findall(rf"\b{what}\.global", made.asm["ptx"]))
