@@ -619,7 +619,10 @@ def test_what_is_no_plain_max_pool_or_concatenation_stays() -> None:
 
 
 def test_a_pool_that_is_called_at_several_places_is_replaced_at_each() -> None:
-    made = Made(lambda m, x: m.pool(m.pool(m.conv(x))), conv=conv(), pool=nn.MaxPool2d(2), fused_pool=nn.Identity())
+    made = Made(
+        lambda m, x: m.fused_pool(m.pool(m.pool(m.conv(x)))),
+        conv=conv(), pool=nn.MaxPool2d(2), fused_pool=nn.Softsign(),  # of the name that a new module would have
+    )  # fmt: skip
     new = fused(made, image(2, 4, 16, 16))
     assert new.fusion_report.passes == ("pool", "pool")
     assert "by one pass on a GPU: pool, pool" in str(new.fusion_report)
